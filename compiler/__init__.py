@@ -1,0 +1,1 @@
+"""The compiler: checkpoint in, verified bundle out. Start reading at build.py."""

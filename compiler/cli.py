@@ -1,0 +1,380 @@
+"""The command line: parses, calls, prints. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from smc.exported.errors import DiskError, OutOfMemory, SmcError
+from smc.version import VERSION
+
+
+class PlainConsole(Console):
+    """Prints text as it is: paths may hold what rich takes for markup. Colours are given as styles."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, soft_wrap=True, **options)
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # left to `_run`; rich would exit with 1
+
+
+OUT = PlainConsole()
+ERR = PlainConsole(stderr=True)
+
+
+class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
+    """`512x384`: width by height, as image sizes are written. Gives (H, W)."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        width, x, height = str(value).lower().partition("x")
+        if not (x and width.isdecimal() and height.isdecimal()):
+            self.fail(f"{value!r} is not WIDTHxHEIGHT, such as 512x384", param, ctx)
+        return int(height), int(width)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="smc")
+def cli() -> None:
+    """Compile MASt3R ahead of time, and match images with what comes out."""
+
+
+@cli.command()
+@click.option("--gpu", required=True, help="Machine to build for; `smc targets` lists them.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="A .pth file, or a folder of config.json and model.safetensors.")
+@click.option(
+    "--random-weights", "random_seed", type=int, metavar="SEED", help="Random weights instead of a checkpoint: for trying the tool out."
+)
+@click.option("--model", metavar="NAME|FILE", help="With --random-weights: large, small or a config.json.  [default: large]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle's directory. An older bundle there is removed.")
+@click.option(
+    "--shape",
+    "shapes",
+    type=ShapeType(),
+    multiple=True,
+    help="Input shape, several times for several.  [default: the trained ones, both orientations]",
+)
+@click.option("--force", is_flag=True, help="Build even if the bundle is up to date.")
+@click.option("--no-wait", is_flag=True, help="Fail if another build of the same bundle is running.")
+def build(gpu: str, out: Path, shapes: Sequence[tuple[int, int]], no_wait: bool, **request: Any) -> None:
+    """Build a bundle from a checkpoint, and verify it."""
+    from smc.compiler.build import TRAINED_SHAPES, BuildRequest
+    from smc.compiler.build import build as run_build
+
+    with _progress() as report:
+        result = run_build(BuildRequest(gpu=gpu, out=out, shapes=shapes or TRAINED_SHAPES, wait=not no_wait, **request), report)
+    table = _table()
+    _add_bundle_rows(table, result.manifest)
+    table.add_row(
+        "built in", "up to date, nothing to do" if result.reused else ", ".join(f"{name} {s:.1f} s" for name, s in result.seconds.items())
+    )
+    table.add_row("bundle", _printable(str(result.path)))
+    _print_table(table)
+    _say_if_random(result.manifest)
+
+
+@cli.command()
+@click.argument("image0", type=click.Path(path_type=Path))
+@click.argument("image1", type=click.Path(path_type=Path))
+@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="The bundle to match with.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the matches to this .npz file.")
+@click.option("--viz", type=click.Path(path_type=Path), help="Draw the matches to this picture.")
+@click.option(
+    "--subsample", default=8, show_default=True, type=click.IntRange(1), help="Step of the grid of starting points, network pixels."
+)
+@click.option("--both-ways", is_flag=True, help="Start from grids in both images, and merge.")
+@click.option(
+    "--pixel-tol", default=0.0, show_default=True, type=click.FloatRange(0), help="Keep starting points that come back this close."
+)
+@click.option("--border", default=0, show_default=True, type=click.IntRange(0), help="Drop matches this close to the input's edge.")
+@click.option("--min-confidence", default=0.0, show_default=True, help="Drop matches below this confidence.")
+@click.option("--points3d", is_flag=True, help="Also write the 3D points of the matches.")
+@click.option(
+    "--exif",
+    type=click.Choice(["apply", "ignore"]),
+    default="apply",
+    show_default=True,
+    help="Turn images upright by their EXIF orientation.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def match(image0: Path, image1: Path, bundle: Path, out: Path | None, viz: Path | None, as_json: bool, exif: Any, **options: Any) -> None:
+    """Match two images."""
+    from smc.compiler.match import match_files
+
+    with _progress() as report, _warnings_to_stderr():
+        result = match_files(image0, image1, bundle, out=out, viz=viz, exif=exif, report=report, **options)
+    if as_json:
+        _print_json(result.summary())
+    else:
+        table = _table()
+        for name, path, size in zip("01", (image0, image1), (result.matches.image_size0, result.matches.image_size1), strict=True):
+            table.add_row(f"image {name}", f"{_printable(path.name)}, {size[0]}x{size[1]}")
+        table.add_row("matches", f"{len(result.matches)}")
+        table.add_row("time", ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in result.seconds.items()))
+        for name, path_written in (("written", out), ("picture", viz)):
+            if path_written is not None:
+                table.add_row(name, _printable(str(path_written)))
+        _print_table(table)
+    _say_if_random(result.manifest)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--pair", nargs=2, type=click.Path(path_type=Path), help="Two images to verify with, instead of the shipped photographs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def verify(bundle: Path, pair: tuple[Path, Path] | None, as_json: bool) -> None:
+    """Compare a bundle's plan with its float32 graph on real images."""
+    from smc.compiler.verify import check, verify_bundle
+    from smc.exported.bundle import open_bundle
+
+    with _progress() as report:
+        report("reading the bundle", 0.0)
+        verification = verify_bundle(open_bundle(bundle), report, pair)
+    if as_json:
+        _print_json(verification)
+    else:
+        _print_table(_verification_table(verification))
+    check(verification)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle is, after checking that it is whole."""
+    from smc.exported.bundle import open_bundle
+
+    with _progress() as report:
+        report("reading the bundle")
+        manifest = open_bundle(bundle).manifest
+    if as_json:
+        _print_json(manifest)
+        return
+    table = _table()
+    _add_bundle_rows(table, manifest)
+    table.add_row("created", f"{manifest.created} by speedy-mast3r {manifest.tool_version}")
+    for name, info in manifest.files.items():
+        table.add_row(name, f"{info.size:,} bytes, sha256 {info.sha256[:16]}...")
+    _print_table(table)
+    _print_table(_verification_table(manifest.verification))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def targets(as_json: bool) -> None:
+    """List the machines that bundles can be built for."""
+    from smc.compiler.backends import BACKENDS
+    from smc.compiler.targets import TARGETS
+
+    def standing(target: Any) -> str:
+        if target.refusal:
+            return f"refused: {target.refusal}"
+        names = [backend.NAME for backend in BACKENDS if not backend.refusal(target)]
+        return ", ".join(names) or "none in this version"
+
+    if as_json:
+        import dataclasses
+
+        _print_json(
+            [dataclasses.asdict(target) | {"backends": [b.NAME for b in BACKENDS if not b.refusal(target)]} for target in TARGETS.values()]
+        )
+        return
+    table = Table("--gpu", "machine", "sm", "memory", "backends that build and run it", box=None, pad_edge=False)
+    for target in TARGETS.values():
+        table.add_row(target.name, target.title, target.sm or "", f"{target.memory_gib} GiB" if target.memory_gib else "", standing(target))
+    _print_table(table)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def doctor(as_json: bool) -> None:
+    """Show what this machine has and lacks for building and running bundles."""
+    from smc.compiler.doctor import examine
+
+    findings = examine()
+    if as_json:
+        import dataclasses
+
+        _print_json([dataclasses.asdict(finding) for finding in findings])
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(4):
+        table.add_column(overflow="fold")  # whole, for a fix is to be copied
+    for finding in findings:
+        color = {"ok": "green", "missing": "red", "absent": "yellow"}[finding.state]
+        table.add_row(Text(finding.state, style=color), finding.subject, finding.detail, finding.fix)
+    _print_table(table)
+
+
+def _table() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _add_bundle_rows(table: Table, manifest: Any) -> None:
+    target = f"{manifest.target.gpu} (sm {manifest.target.sm})" if manifest.target.sm else manifest.target.gpu
+    size = sum(info.size for info in manifest.files.values())
+    worst = max(error.relative for pair in manifest.verification.pairs for error in pair.outputs.values())
+    overlap = min(pair.match_overlap for pair in manifest.verification.pairs)
+    checkpoint = f", sha256 {manifest.model.checkpoint_sha256[:16]}..." if manifest.model.checkpoint_sha256 else ""
+    table.add_row("model", f"{_printable(manifest.model.source)}, {manifest.model.parameters / 1e6:.1f} M parameters{checkpoint}")
+    table.add_row("target", target)
+    table.add_row("backend", f"{manifest.backend.name} {manifest.backend.version}, {manifest.precision}")
+    table.add_row("input shapes", ", ".join(f"{shape.width}x{shape.height}" for shape in manifest.shapes))
+    table.add_row("size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files")
+    table.add_row(
+        "verified", f"relative error at most {worst:.1e}, match overlap at least {overlap:.3f}, against {manifest.verification.reference}"
+    )
+
+
+def _verification_table(verification: Any) -> Table:
+    tolerance = verification.tolerance
+    title = f"against {verification.reference}; allowed: relative {tolerance.relative:.0e}, worst pixel {tolerance.worst_pixel:.0e}"
+    table = Table(
+        "pair", "output", "relative error", "worst pixel", "at row, column", title=title, title_justify="left", box=None, pad_edge=False
+    )
+    for pair in verification.pairs:
+        shapes = " with ".join(f"{shape.width}x{shape.height}" for shape in pair.shapes)
+        for i, (name, error) in enumerate(pair.outputs.items()):
+            table.add_row("" if i else shapes, name, f"{error.relative:.2e}", f"{error.worst_pixel:.2e}", "{}, {}".format(*error.worst_at))
+        table.add_row("", "matches", f"overlap {pair.match_overlap:.3f}", f"{pair.matches_plan} of {pair.matches_reference}")
+    return table
+
+
+def _say_if_random(manifest: Any) -> None:
+    if manifest.random_weights:
+        ERR.print("The weights of this bundle are random: its matches mean nothing. Build with --checkpoint for real ones.", style="yellow")
+
+
+def _print_table(table: Table) -> None:
+    """Print a table, folded to the width of the terminal; where there is none, a path stays in one piece."""
+    if not OUT.is_terminal:
+        OUT.width = 1000
+    OUT.print(table)
+
+
+def _printable(text: str) -> str:
+    """The text in one line: escapes what is no visible character, such as newlines and terminal codes, which names may hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print_json(value: Any) -> None:
+    import msgspec
+
+    OUT.out(msgspec.json.format(msgspec.json.encode(value), indent=1).decode(), highlight=False)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, a line for each step elsewhere. Yields report(description, fraction)."""
+    if not ERR.is_terminal:
+        yield lambda description, fraction=None: ERR.print(_printable(description))
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=ERR, transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def report(description: str, fraction: float | None = None) -> None:
+            progress.update(task, description=_printable(description), completed=fraction, total=None if fraction is None else 1.0)
+
+        yield report
+
+
+@contextlib.contextmanager
+def _warnings_to_stderr() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                if issubclass(warning.category, UserWarning):
+                    ERR.print(_printable(f"smc: warning: {warning.message}"))
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that staging is cleaned up on the way out."""
+
+
+def _on_sigterm(signum: int, frame: object) -> NoReturn:
+    raise _Terminated
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `smc`: runs a command and exits with the status that `smc.exported.errors` lists."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    _prepare_stdout()
+    sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _prepare_stdout() -> None:
+    """Have a stdout even where the caller closed it, and one that prints every file name, Unicode or not."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        with cli.make_context("smc", arguments) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as exit:
+        return exit.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        return _fail("USAGE", error.format_message(), "smc --help", 2)
+    except SmcError as error:
+        return _fail(error.code, str(error), error.fix, error.exit_status)
+    except MemoryError:
+        return _fail(OutOfMemory.code, "not enough memory", "free memory, or use smaller images", OutOfMemory.exit_status)
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except _Terminated:
+        return 143
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            # The reader has gone: say nothing, and let nothing be said when Python flushes on exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        if error.errno == errno.ENOSPC:
+            return _fail(DiskError.code, str(error), "free disk space", DiskError.exit_status)
+        return _bug(error)
+    except Exception as error:
+        return _bug(error)
+
+
+def _fail(code: str, message: str, fix: str, status: int) -> int:
+    with contextlib.suppress(BrokenPipeError):  # the status tells all the same
+        ERR.print(_printable(f"smc: error[{code}]: {message}"))
+        if fix:
+            ERR.print(_printable(f"fix: {fix}"))
+    return status
+
+
+def _bug(error: Exception) -> int:
+    traceback.print_exception(error, file=sys.stderr)
+    return _fail("INTERNAL", f"{type(error).__name__}: {error}", "this is a bug in speedy-mast3r; please report it with the lines above", 1)

@@ -1,0 +1,132 @@
+"""`smc match`: two files in, matches and a picture out."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from smc.compiler.bundle_writer import DISK_ERRNOS
+from smc.exported.drawing import draw_matches
+from smc.exported.errors import CannotWrite, DiskError, UsageError
+from smc.exported.images import ExifChoice, open_image
+from smc.exported.manifest import Manifest
+from smc.exported.matcher import Matches, load
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """`seconds`: wall time by stage."""
+
+    matches: Matches
+    manifest: Manifest
+    seconds: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "matches": len(self.matches),
+            "image_size0": self.matches.image_size0,
+            "image_size1": self.matches.image_size1,
+            "exif": self.matches.exif,
+            "random_weights": self.manifest.random_weights,
+            "seconds": self.seconds,
+        }
+
+
+def match_files(
+    image0: Path,
+    image1: Path,
+    bundle: Path,
+    *,
+    out: Path | None,
+    viz: Path | None,
+    exif: ExifChoice,
+    report: Callable[[str, float], None],
+    **options: Any,
+) -> MatchResult:
+    """Load a bundle, match two files, write what was asked for.
+
+    Args:
+        image0, image1: the images.
+        bundle: the bundle's directory.
+        out: a `.npz` file for `Matches.arrays()`, or None.
+        viz: a picture for the matches, or None.
+        exif: see `Matcher.match`.
+        report: told what is being done.
+        options: keyword arguments of `Matcher.match_features`.
+
+    Raises:
+        UsageError: an output's name has an ending that cannot be written.
+        CannotWrite: an output cannot be written.
+        DiskError: the disk is full.
+        And what `load` and `Matcher.match` raise.
+    """
+    if out is not None and out.suffix != ".npz":
+        raise UsageError(f"--out {out}: matches are written as .npz")
+    if viz is not None and viz.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UsageError(f"--viz {viz}: pictures are written as .png, .jpg or .webp")
+    for path in (out, viz):
+        if path is not None and not (os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
+            raise CannotWrite(f"{path}: its folder is missing or read-only")
+        if path is not None and os.path.isdir(path):  # unlike Path.is_dir, false for a name that is too long
+            raise CannotWrite(f"{path} is a directory")
+
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str, description: str) -> Iterator[None]:
+        report(description, len(seconds) / 4)
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    with stage("load", "loading the bundle"):
+        matcher = load(bundle)
+    with stage("encode 0", f"encoding {image0.name}"):
+        features0 = matcher.encode(image0, exif=exif)
+    with stage("encode 1", f"encoding {image1.name}"):
+        features1 = matcher.encode(image1, exif=exif)
+    with stage("decode and match", "decoding and matching"):
+        matches = matcher.match_features(features0, features1, **options)
+
+    if out is not None:
+        with _replacing(out) as temporary:
+            np.savez(temporary, **matches.arrays())  # type: ignore[arg-type]  # numpy's stub reads every name as `allow_pickle`
+    if viz is not None:
+        with _replacing(viz) as temporary:
+            _save_picture(draw_matches(open_image(image0, exif), open_image(image1, exif), matches), temporary)
+    return MatchResult(matches, matcher.manifest, seconds)
+
+
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        # The encoder's own complaint: JPEG ends at 65,500 pixels a side, WebP at 16,383.
+        size = f"{picture.width}x{picture.height}"
+        raise CannotWrite(f"a picture of {size} does not go into {path.suffix}: {error}", fix="take .png") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes it at the end, so that no reader sees half a file."""
+    temporary = path.with_name(f".smc-{secrets.token_hex(8)}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        kind = DiskError if error.errno in DISK_ERRNOS else CannotWrite
+        raise kind(f"{path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""Numerical parity: how far a plan's outputs lie from float32, on real images. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smc.exported.bundle import Bundle
+from smc.exported.engines import Engine, load_engine
+from smc.exported.errors import AccuracyFailed
+from smc.exported.images import ImageSource, load_view
+from smc.exported.manifest import OutputError, PairReport, Shape, Tolerance, Verification
+from smc.exported.matching import fast_reciprocal_nn
+
+Outputs = dict[str, NDArray[np.float32]]
+"""Features and maps of one pair, without the batch axis."""
+
+InputShape = tuple[int, int]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SamplePair:
+    """Two images as the network takes them: float32 (1, 3, H, W) in [-1, 1]."""
+
+    view1: NDArray[np.float32]
+    view2: NDArray[np.float32]
+
+    @property
+    def shapes(self) -> tuple[InputShape, InputShape]:
+        (h1, w1), (h2, w2) = self.view1.shape[2:], self.view2.shape[2:]
+        return (h1, w1), (h2, w2)
+
+    @property
+    def title(self) -> str:
+        (h1, w1), (h2, w2) = self.shapes
+        return f"{w1}x{h1} with {w2}x{h2}"
+
+
+def sample_pairs(shapes: Sequence[InputShape], images: tuple[ImageSource, ImageSource] | None = None) -> Iterator[SamplePair]:
+    """A real pair in the first shape, then pairs that use every other shape once, so that mixed shapes occur as well.
+
+    Args:
+        shapes: (H, W) input shapes.
+        images: two images to use instead of the shipped photographs.
+    """
+    pairs = [(shapes[0], shapes[0])]
+    rest = list(shapes[1:])
+    pairs += [(rest[i], rest[min(i + 1, len(rest) - 1)]) for i in range(0, len(rest), 2)]
+    with contextlib.ExitStack() as stack:
+        if images is None:
+            folder = importlib.resources.files("smc.examples")
+            images = (
+                stack.enter_context(importlib.resources.as_file(folder / "graf1.png")),
+                stack.enter_context(importlib.resources.as_file(folder / "graf3.png")),
+            )
+        image1, image2 = images
+        for shape1, shape2 in pairs:
+            yield SamplePair(load_view(image1, [shape1]).pixels[None], load_view(image2, [shape2]).pixels[None])
+
+
+def run_engine(engine: Engine, pair: SamplePair) -> Outputs:
+    """Every stage's outputs for a pair."""
+    features1, features2 = engine.encode(pair.view1), engine.encode(pair.view2)
+    maps = engine.decode(features1, features2)
+    return {name: np.asarray(value)[0] for name, value in {"features1": features1, "features2": features2, **maps}.items()}
+
+
+def compare(reference: Outputs, plan: Outputs, shapes: tuple[InputShape, InputShape]) -> PairReport:
+    """Errors of every output, and of the matches that come out of the descriptors."""
+    wanted = match_set(reference)
+    found = match_set(plan)
+    union = len(wanted | found)
+    return PairReport(
+        shapes=(_shape(shapes[0]), _shape(shapes[1])),
+        outputs={name: output_error(reference[name], plan[name]) for name in reference},
+        matches_reference=len(wanted),
+        matches_plan=len(found),
+        match_overlap=len(wanted & found) / union if union else 1.0,
+    )
+
+
+def output_error(reference: NDArray[np.float32], plan: NDArray[np.float32]) -> OutputError:
+    """Error of one (H, W) or (H, W, C) output; an output that is not finite has an infinite error, written as 1e30."""
+    wanted, found = reference.astype(np.float64), plan.astype(np.float64)
+    if wanted.ndim == 2:
+        wanted, found = wanted[..., None], found[..., None]
+    if wanted.shape != found.shape or not np.isfinite(found).all():
+        return OutputError(relative=1e30, worst_pixel=1e30, worst_at=(0, 0))
+    distance = np.linalg.norm(found - wanted, axis=-1)
+    rms = max(float(np.sqrt(np.mean(np.sum(wanted**2, axis=-1)))), 1e-30)
+    row, column = np.unravel_index(distance.argmax(), distance.shape)
+    return OutputError(
+        relative=float(np.sqrt(np.mean(distance**2)) / rms),
+        worst_pixel=float(distance[row, column] / rms),
+        worst_at=(int(row), int(column)),
+    )
+
+
+def match_set(outputs: Outputs) -> set[tuple[int, ...]]:
+    xy1, xy2 = fast_reciprocal_nn(outputs["desc1"], outputs["desc2"])
+    return set(map(tuple, np.concatenate([xy1, xy2], axis=1).tolist()))
+
+
+def check(verification: Verification) -> None:
+    """Raise AccuracyFailed, naming what failed where, unless every pair is within the tolerance."""
+    tolerance = verification.tolerance
+    failures = []
+    for pair in verification.pairs:
+        title = " with ".join(f"{shape.width}x{shape.height}" for shape in pair.shapes)
+        for name, error in pair.outputs.items():
+            if not error.relative <= tolerance.relative:
+                failures.append(f"{name} at {title}: relative error {error.relative:.2g}, allowed {tolerance.relative:.2g}")
+            elif not error.worst_pixel <= tolerance.worst_pixel:
+                row, column = error.worst_at
+                failures.append(
+                    f"{name} at {title}: error {error.worst_pixel:.2g} at row {row}, column {column}, allowed {tolerance.worst_pixel:.2g}"
+                )
+        if not pair.match_overlap >= tolerance.match_overlap:
+            failures.append(f"matches at {title}: overlap {pair.match_overlap:.3f}, at least {tolerance.match_overlap} wanted")
+    if failures:
+        raise AccuracyFailed("; ".join(failures[:5]) + (f"; and {len(failures) - 5} more" if len(failures) > 5 else ""))
+
+
+def verify_bundle(bundle: Bundle, report: Report, images: tuple[ImageSource, ImageSource] | None = None) -> Verification:
+    """Compare a bundle's plan with its float32 graph, run node by node by ONNX Runtime without optimisation.
+
+    Args:
+        bundle: the opened bundle.
+        report: told what is being done.
+        images: two images to use instead of the shipped photographs.
+
+    Returns:
+        The report; pass it to `check` to gate on it.
+    """
+    from smc.exported.engines.onnxruntime import OnnxRuntimeEngine
+
+    pairs = list(sample_pairs(bundle.manifest.input_shapes, images))
+    report("loading the float32 graph")
+    oracle = OnnxRuntimeEngine(bundle.files, bundle.manifest.stages, optimize=False)
+    references = []
+    for pair in pairs:
+        report(f"float32 graph, {pair.title}")
+        references.append(run_engine(oracle, pair))
+    del oracle  # so that the two engines are never in memory together
+    report("loading the plan")
+    return compare_engine(
+        load_engine(bundle),
+        "float32 graph in ONNX Runtime, not optimised",
+        pairs,
+        references,
+        bundle.manifest.verification.tolerance,
+        report,
+    )
+
+
+def compare_engine(
+    engine: Engine, reference: str, pairs: Sequence[SamplePair], references: Sequence[Outputs], tolerance: Tolerance, report: Report
+) -> Verification:
+    """Run a plan on pairs and compare it with given outputs, whose origin `reference` names."""
+    reports = []
+    for pair, wanted in zip(pairs, references, strict=True):
+        report(f"plan, {pair.title}")
+        reports.append(compare(wanted, run_engine(engine, pair), pair.shapes))
+    return Verification(reference=reference, tolerance=tolerance, pairs=reports)
+
+
+def _shape(shape: InputShape) -> Shape:
+    return Shape(height=shape[0], width=shape[1])

@@ -1,0 +1,271 @@
+"""Images in, and the way back from the network's pixels to the image's own.
+
+A coordinate names a pixel's centre: the centre of the first pixel is (0, 0). `exif` names the frame that coordinates are in:
+"apply" turns the image upright by its EXIF orientation first, as the original MASt3R does; "ignore" takes the pixels as they
+are stored, as COLMAP and hloc do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from smc.exported.errors import BadImage, InputMissing, SmcError, UsageError
+
+ImageSource = str | os.PathLike[str] | Image.Image | NDArray[np.generic]
+ExifChoice = Literal["apply", "ignore"]
+
+PATCH = 16
+"""The network's patch: both sides of its input are multiples of this."""
+
+MAX_PIXELS = 89_478_485
+"""The largest image taken, in pixels. Pillow warns of a decompression bomb from here on; this refuses."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of an EXIF orientation upright."""
+
+VECTOR_FORMATS = ("EPS", "WMF")
+"""What Pillow hands to another program, Ghostscript or Windows, which is not done with files of unknown origin."""
+
+Geometry = tuple[tuple[int, int], tuple[int, int, int, int]]
+"""A resize and a crop: (new width, new height), then the crop box (left, top, right, bottom) in the resized image."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """An image prepared for the network.
+
+    Attributes:
+        pixels: float32 (3, H, W) in [-1, 1], RGB.
+        image_size: (width, height) of the image that coordinates refer to.
+        resized_size: (width, height) after the resize, before the crop.
+        crop_offset: (left, top) of the crop in the resized image.
+        exif: the frame of `image_size`.
+    """
+
+    pixels: NDArray[np.float32]
+    image_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    crop_offset: tuple[int, int]
+    exif: ExifChoice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W) of the network's input."""
+        height, width = self.pixels.shape[1:]
+        return height, width
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the image's area inside the crop."""
+        return self.shape[0] * self.shape[1] / (self.resized_size[0] * self.resized_size[1])
+
+    def to_image(self, xy: NDArray[np.integer] | NDArray[np.floating]) -> NDArray[np.float32]:
+        """Network pixels (K, 2) as x, y -> float32 (K, 2) coordinates in the image."""
+        scale = np.array(self.image_size, np.float64) / np.array(self.resized_size)
+        return ((xy + np.array(self.crop_offset) + 0.5) * scale - 0.5).astype(np.float32)
+
+
+def open_image(source: ImageSource, exif: ExifChoice = "apply") -> Image.Image:
+    """Read an image as 8-bit RGB.
+
+    Args:
+        source: a path; a PIL image; or an array, uint8 or uint16, (H, W) grey, (H, W, 3) RGB or (H, W, 4) with alpha.
+        exif: "apply" turns the image upright by its EXIF orientation; "ignore" does not.
+
+    Grey, palette and CMYK images are converted, 16-bit values are scaled, alpha is dropped.
+
+    Raises:
+        InputMissing: the file is absent or unreadable.
+        BadImage: not an image, damaged, over `MAX_PIXELS`, or of a kind that cannot be converted.
+        UsageError: `exif` is neither.
+    """
+    if exif not in ("apply", "ignore"):
+        raise UsageError(f"exif is {exif!r}, 'apply' or 'ignore' was expected")
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        with _decoding("image"):
+            return _to_rgb(source, "image", exif)
+    path = Path(source)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputMissing(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputMissing(f"{str(path)!r} cannot be a file's name: {error}") from error
+    with file, _decoding(str(path)):
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError as error:
+            size = os.fstat(file.fileno()).st_size
+            raise BadImage(f"{path}: not an image that Pillow can read ({size:,} bytes)") from error
+        with image:
+            return _to_rgb(image, str(path), exif)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn what Pillow raises into this package's errors: on malformed files its decoders raise nearly anything."""
+    try:
+        yield
+    except SmcError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(f"{name}: over the limit of {MAX_PIXELS:,} pixels ({error})", fix="make it smaller first") from error
+    except Exception as error:
+        raise BadImage(f"{name}: damaged, or of a kind that cannot be converted ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: Image.Image, name: str, exif: ExifChoice) -> Image.Image:
+    _check_size(name, *image.size)
+    if image.format in VECTOR_FORMATS:
+        raise BadImage(f"{name}: {image.format} is a drawing, not an image of pixels", fix="convert it to PNG first")
+    image.load()
+    if exif == "apply":
+        # Not ImageOps.exif_transpose: that also packs the other EXIF tags anew, and fails on photographs where they are odd.
+        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        image = image if method is None else image.transpose(method)
+    if image.mode == "F":
+        raise BadImage(f"{name}: floating-point pixels have no defined white", fix="save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_to_uint8(np.clip(np.asarray(image), 0, 65535).astype(np.uint16)))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # on the direct way to RGB, Pillow warns where the palette has transparent colours
+    return image.convert("RGB")
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if width == 0 or height == 0:
+        raise BadImage(f"{name}: {width}x{height} holds no pixels")
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{name}: {width}x{height} is over the limit of {MAX_PIXELS:,} pixels", fix="make it smaller first")
+
+
+def _to_uint8(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
+    if pixels.dtype == np.uint8:
+        return pixels  # type: ignore[return-value]
+    return np.round(pixels.astype(np.float32) / 257).astype(np.uint8)  # 65535 / 255
+
+
+def _from_array(array: NDArray[np.generic]) -> Image.Image:
+    if array.dtype not in (np.uint8, np.uint16):
+        raise BadImage(f"image array is {array.dtype}, uint8 or uint16 was expected")
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
+        raise BadImage(f"image array has shape {array.shape}, (H, W), (H, W, 3) or (H, W, 4) was expected")
+    _check_size("image array", array.shape[1], array.shape[0])
+    if array.ndim == 3:
+        array = array[:, :, 0] if array.shape[2] == 1 else array[:, :, :3]
+    return Image.fromarray(np.ascontiguousarray(_to_uint8(array))).convert("RGB")
+
+
+def trained_geometry(width: int, height: int, size: int) -> Geometry:
+    """The original's resize and crop.
+
+    The long side becomes `size` and both sides are cropped around the centre to multiples of 16, a square to 4:3; for `size`
+    224 the short side becomes 224 and the crop is square.
+
+    Raises:
+        BadImage: the image is so elongated that the crop would be empty, or for `size` 224 that the resize would be enormous.
+    """
+    geometry = _original_geometry(width, height, size)
+    (new_width, new_height), (left, top, right, bottom) = geometry
+    if left == right or top == bottom or new_width * new_height > MAX_PIXELS:
+        raise BadImage(
+            f"aspect ratio of {width}x{height} is too extreme for an input of {size} pixels",
+            fix="crop it to an aspect ratio of at most 32:1",
+        )
+    return geometry
+
+
+def _original_geometry(width: int, height: int, size: int) -> Geometry:
+    """As `trained_geometry`, but the crop may be empty."""
+    long_side = round(size * max(width / height, height / width)) if size == 224 else size
+    longest = max(width, height)
+    new_width, new_height = round(width * long_side / longest), round(height * long_side / longest)
+    center_x, center_y = new_width // 2, new_height // 2
+    if size == 224:
+        half_width = half_height = min(center_x, center_y)
+    else:
+        half_width, half_height = 2 * center_x // PATCH * PATCH // 2, 2 * center_y // PATCH * PATCH // 2
+        if new_width == new_height:
+            half_height = 3 * half_width // 4
+    return (new_width, new_height), (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height)
+
+
+def covering_geometry(width: int, height: int, shape: tuple[int, int]) -> Geometry:
+    """The smallest resize that covers the (H, W) `shape`, and its central crop."""
+    rows, cols = shape
+    scale = max(cols / width, rows / height)
+    new_width, new_height = max(cols, round(width * scale)), max(rows, round(height * scale))
+    left, top = (new_width - cols) // 2, (new_height - rows) // 2
+    return (new_width, new_height), (left, top, left + cols, top + rows)
+
+
+def _render(image: Image.Image, geometry: Geometry, exif: ExifChoice) -> View:
+    resized_size, box = geometry
+    # The filters are the original's choice.
+    shrinks = max(image.size) > max(resized_size)
+    resized = image.resize(resized_size, Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC)
+    rgb = np.asarray(resized.crop(box), np.float32)  # (H, W, 3)
+    pixels = np.ascontiguousarray(((rgb / 255 - 0.5) / 0.5).transpose(2, 0, 1), np.float32)
+    return View(pixels, image.size, resized_size, box[:2], exif)
+
+
+def load_image(path: ImageSource, size: int = 512, exif: ExifChoice = "apply") -> NDArray[np.float32]:
+    """Load an image exactly as the original MASt3R does.
+
+    Args:
+        path: whatever `open_image` takes.
+        size: the long side in pixels (for 224: the short side of a square crop).
+        exif: "apply" or "ignore" the EXIF orientation.
+
+    Returns:
+        float32 (3, H, W) in [-1, 1], RGB, H and W multiples of 16.
+
+    Raises:
+        InputMissing, BadImage: as `open_image`; BadImage also for an extreme aspect ratio.
+    """
+    image = open_image(path, exif)
+    return _render(image, trained_geometry(*image.size, size), exif).pixels
+
+
+def load_view(source: ImageSource, shapes: Sequence[tuple[int, int]], exif: ExifChoice = "apply") -> View:
+    """Load an image for a plan that takes the given (H, W) input shapes.
+
+    If the original's own resize and crop gives one of the shapes, that is done. Otherwise the image is scaled to cover the
+    shape that keeps most of it, and cropped around its centre.
+
+    Raises:
+        InputMissing, BadImage: as `load_image`.
+    """
+    image = open_image(source, exif)
+    for shape in sorted(shapes, key=lambda s: -s[0] * s[1]):
+        left, top, right, bottom = _original_geometry(*image.size, max(shape))[1]
+        if (bottom - top, right - left) == shape:
+            return _render(image, trained_geometry(*image.size, max(shape)), exif)
+    trained_geometry(*image.size, 512)  # refuses aspect ratios of which a crop would keep next to nothing
+    coverings = [covering_geometry(*image.size, shape) for shape in shapes]
+
+    def kept_area(geometry: Geometry) -> tuple[float, int]:
+        (width, height), (left, top, right, bottom) = geometry
+        area = (right - left) * (bottom - top)
+        return round(area / (width * height), 3), area  # of shapes that keep as much, the larger
+
+    return _render(image, max(coverings, key=kept_area), exif)

@@ -1,0 +1,224 @@
+"""The runtime's face: load a bundle, match images."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smc.exported.bundle import open_bundle
+from smc.exported.engines import Engine, load_engine
+from smc.exported.errors import BadInput, UsageError
+from smc.exported.images import ExifChoice, ImageSource, View, load_view
+from smc.exported.manifest import Manifest
+from smc.exported.matching import fast_reciprocal_nn, match_confidence, reciprocal_nn_both_ways
+
+WARN_KEPT = 0.7
+"""The fraction of an image's area that the crop must keep for `encode` to stay silent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """One encoded image, for any number of pairs.
+
+    Attributes:
+        tokens: the engine's features, batch of one.
+        view: the image as the network saw it, and its geometry.
+        build_key: of the bundle that encoded it, the only one that can read the tokens.
+    """
+
+    tokens: Any
+    view: View
+    build_key: str
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Correspondences between two images, K of them.
+
+    Attributes:
+        keypoints0, keypoints1: float32 (K, 2) as x, y in pixels of either image; the centre of the first pixel is (0, 0).
+        confidence: float32 (K,), the smaller descriptor confidence of the two pixels; larger is better, not bounded by 1.
+        points0, points1: float32 (K, 3), the 3D points that the network predicts at the two pixels, both in the first
+            camera's frame and of arbitrary scale; None unless asked for.
+        image_size0, image_size1: (width, height) in pixels.
+        exif: the frame of the coordinates, "apply" for the upright image, "ignore" for pixels as stored.
+    """
+
+    keypoints0: NDArray[np.float32]
+    keypoints1: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+    image_size0: tuple[int, int]
+    image_size1: tuple[int, int]
+    exif: ExifChoice
+    points0: NDArray[np.float32] | None = None
+    points1: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.keypoints0)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything as arrays, under the attributes' names: what `smc match --out` writes with `numpy.savez`."""
+        named = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: np.asarray(value) for name, value in named.items()}
+
+
+class Matcher:
+    """A loaded bundle. Methods may be called from several threads at once and give the same bits as in series."""
+
+    def __init__(self, engine: Engine, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._engine = engine
+
+    def match(
+        self,
+        image0: ImageSource,
+        image1: ImageSource,
+        subsample: int = 8,
+        *,
+        pixel_tol: float = 0,
+        both_ways: bool = False,
+        border: int = 0,
+        min_confidence: float = 0,
+        points3d: bool = False,
+        exif: ExifChoice = "apply",
+    ) -> Matches:
+        """Match two images.
+
+        Args:
+            image0, image1: paths, PIL images, or uint8/uint16 arrays (H, W), (H, W, 3) or (H, W, 4).
+            subsample: step of the grid of starting points, in network pixels; smaller gives more matches.
+            pixel_tol: see `fast_reciprocal_nn`.
+            both_ways: also start from a grid in the second image, and merge.
+            border: drop matches closer than this to the edge of the network's input, in network pixels; the original's demos use 3.
+            min_confidence: drop matches below this confidence.
+            points3d: also return the 3D points.
+            exif: "apply" or "ignore" the EXIF orientation; it names the frame of the keypoints.
+
+        Raises:
+            InputMissing, BadImage: an image cannot be read.
+            BadInput, UsageError: an option is out of range.
+        """
+        return self.match_features(
+            self.encode(image0, exif=exif),
+            self.encode(image1, exif=exif),
+            subsample,
+            pixel_tol=pixel_tol,
+            both_ways=both_ways,
+            border=border,
+            min_confidence=min_confidence,
+            points3d=points3d,
+        )
+
+    def encode(self, image: ImageSource, *, exif: ExifChoice = "apply") -> Features:
+        """Encode one image, to be matched against any number of others. Raises InputMissing, BadImage, UsageError."""
+        view = load_view(image, self.manifest.input_shapes, exif)
+        if view.kept < WARN_KEPT:
+            width, height = view.image_size
+            warnings.warn(
+                f"the bundle's input shapes keep only {view.kept:.0%} of a {width}x{height} image; "
+                "build it with a --shape of that aspect ratio",
+                stacklevel=2,
+            )
+        return Features(self._engine.encode(view.pixels[None]), view, self.manifest.build_key)
+
+    def match_features(
+        self,
+        features0: Features,
+        features1: Features,
+        subsample: int = 8,
+        *,
+        pixel_tol: float = 0,
+        both_ways: bool = False,
+        border: int = 0,
+        min_confidence: float = 0,
+        points3d: bool = False,
+    ) -> Matches:
+        """Match two encoded images. Arguments as for `match`."""
+        if both_ways and pixel_tol > 0:
+            raise BadInput("both_ways follows walks until they close, pixel_tol keeps starting points: choose one")
+        if border < 0:
+            raise BadInput(f"border must be 0 or more, found {border}")
+        if not features0.build_key == features1.build_key == self.manifest.build_key:
+            raise BadInput("these features were encoded by another bundle", fix="encode the images with this matcher")
+        if features0.view.exif != features1.view.exif:
+            raise BadInput("one image was encoded with exif='apply' and the other with exif='ignore'", fix="encode both alike")
+        maps = self._decode(features0.tokens, features1.tokens)
+        desc1, desc2, conf1, conf2 = maps["desc1"], maps["desc2"], maps["desc_conf1"], maps["desc_conf2"]
+        if both_ways:
+            xy0, xy1, confidence = reciprocal_nn_both_ways(desc1, desc2, conf1, conf2, subsample)
+        else:
+            xy0, xy1 = fast_reciprocal_nn(desc1, desc2, subsample, pixel_tol)
+            confidence = match_confidence(xy0, xy1, conf1, conf2)
+
+        kept = confidence >= min_confidence
+        for xy, (height, width) in ((xy0, conf1.shape), (xy1, conf2.shape)):
+            x, y = xy.T
+            kept &= (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
+        xy0, xy1 = xy0[kept], xy1[kept]
+        return Matches(
+            keypoints0=features0.view.to_image(xy0),
+            keypoints1=features1.view.to_image(xy1),
+            confidence=confidence[kept],
+            image_size0=features0.view.image_size,
+            image_size1=features1.view.image_size,
+            exif=features0.view.exif,
+            points0=maps["pts3d1"][xy0[:, 1], xy0[:, 0]] if points3d else None,
+            points1=maps["pts3d2"][xy1[:, 1], xy1[:, 0]] if points3d else None,
+        )
+
+    def infer(self, view0: NDArray[np.float32], view1: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """The network alone.
+
+        Args:
+            view0, view1: float32 (1, 3, H, W) in [-1, 1], each of a shape that the bundle was built for.
+
+        Returns:
+            `pts3d1`, `pts3d2` (H, W, 3) in the first camera's frame, `conf1`, `conf2` (H, W), `desc1`, `desc2` (H, W, D) of
+            unit norm, `desc_conf1`, `desc_conf2` (H, W); all float32.
+
+        Raises:
+            BadInput: an array of another type or shape.
+        """
+        for view in (view0, view1):
+            self._check_view(view)
+        return self._decode(self._engine.encode(view0), self._engine.encode(view1))
+
+    def _decode(self, tokens0: Any, tokens1: Any) -> dict[str, NDArray[np.float32]]:
+        return {name: value[0] for name, value in self._engine.decode(tokens0, tokens1).items()}
+
+    def _check_view(self, view: NDArray[np.float32]) -> None:
+        if view.dtype != np.float32 or view.ndim != 4 or view.shape[:2] != (1, 3):
+            raise BadInput(f"a view is float32 (1, 3, H, W), found {view.dtype} {view.shape}")
+        if view.shape[2:] not in self.manifest.input_shapes:
+            known = ", ".join(f"{width}x{height}" for height, width in self.manifest.input_shapes)
+            raise BadInput(
+                f"a view of {view.shape[3]}x{view.shape[2]}: the bundle was built for {known}",
+                fix=f"build it with --shape {view.shape[3]}x{view.shape[2]}",
+            )
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Matcher:
+    """Load a bundle.
+
+    Args:
+        path: the bundle's directory.
+        threads: CPU threads of the engine, None for all cores. Matching is NumPy's, whose BLAS has threads of its own.
+
+    Raises:
+        UsageError: `threads` is no whole number from 1 to 1024.
+        InputMissing: there is no bundle, or it cannot be read.
+        BundleDamaged: it is not what its manifest says.
+        BundleMismatch: it is for another machine or another version.
+        NoTarget: the library of its backend is not installed.
+        DiskError: a read failed midway.
+        OutOfMemory, BackendFailed: its engine could not be loaded.
+    """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+        raise UsageError(f"threads is {threads!r}, a whole number from 1 to 1024 was expected")
+    bundle = open_bundle(path)
+    return Matcher(load_engine(bundle, threads), bundle.manifest)

@@ -1,0 +1,40 @@
+"""Fixtures that several test files share. `conformance.py` beside this remakes the reference data's inputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import smc
+from smc.compiler.build import BuildRequest, build
+from tests.conformance import DATA
+
+os.environ.setdefault("NO_COLOR", "1")  # plain command-line output, whatever the terminal
+
+TINY_SHAPES = ((96, 128), (128, 96), (80, 112))
+"""(H, W) shapes of the tiny bundle: those of the conformance cases."""
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A bundle of the tiny conformance model. Read-only: copy it before changing anything.
+
+    Parallel test workers share it: the build itself makes the others wait and reuse.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        base = base.parent
+    config = DATA / "tiny_landscape.config.json"
+    return build(BuildRequest(gpu="cpu", out=base / "tiny-bundle", random_seed=0, model=str(config), shapes=TINY_SHAPES)).path
+
+
+@pytest.fixture(scope="session")
+def tiny_matcher(tiny_bundle: Path) -> smc.Matcher:
+    return smc.load(tiny_bundle)
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    return Path(__file__).parent.parent / "examples"
