@@ -8,6 +8,7 @@ FOLDERS = {
     "smc.compiler.backends": "compiler/backends",
     "smc.passes": "passes",
     "smc.plugins": "plugins",
+    "smc.plugins.flash_attention": "plugins/flash_attention",
     "smc.exported": "exported",
     "smc.exported.engines": "exported/engines",
     "smc.examples": "examples",

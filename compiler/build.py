@@ -1,38 +1,47 @@
-"""From a checkpoint to a bundle."""
+"""From a checkpoint, or from ONNX files, to a bundle."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+import msgspec
 
 from smc.compiler import verify
 from smc.compiler.backends import Backend, choose_backend
+from smc.compiler.backends.plan_job import PlanJob
 from smc.compiler.bundle_writer import Staging, prepare_target, sweep_stale, target_lock
+from smc.compiler.packages import require_packages
+from smc.compiler.pipeline import PIPELINES, PipelineTask, Precision
+from smc.compiler.source import STAGES, CheckpointSource, OnnxSource, Source
 from smc.compiler.targets import Target, find_target
+from smc.compiler.verify import Outputs, SamplePair
 from smc.exported.bundle import open_bundle, read_files
-from smc.exported.engines import engine_for
-from smc.exported.errors import InputMissing, NoTarget, SmcError, UsageError
-from smc.exported.manifest import FORMAT_VERSION, BackendInfo, Manifest, ModelInfo, Shape, TargetInfo
+from smc.exported.engines import Engine, engine_for
+from smc.exported.engines.onnxruntime import WEIGHTS_SUFFIX
+from smc.exported.errors import InputMissing, SmcError, UsageError
+from smc.exported.manifest import FORMAT_VERSION, BackendInfo, Manifest, Shape, TargetInfo, Tolerance, Verification
 from smc.version import VERSION
 
 if TYPE_CHECKING:
-    from smc.compiler.checkpoint import Weights
-    from smc.compiler.model import Mast3r
+    import onnx_ir as ir
+
+    from smc.compiler.optimize import StageReport
 
 TRAINED_SHAPES = tuple(
     shape for long, short in ((512, 384), (512, 336), (512, 288), (512, 256), (512, 160)) for shape in ((short, long), (long, short))
 )
 """The (H, W) input shapes that the public checkpoint was trained with, landscape and portrait."""
+
+RECORDED = "reference.npz"
+PASSES = "passes.json"
 
 Report = Callable[[str, float], None]
 """Told what the build is doing and which fraction of it is done."""
@@ -46,9 +55,17 @@ class BuildRequest:
         gpu: a name of `targets.TARGETS`.
         out: the bundle's directory; an older bundle there is replaced.
         checkpoint: the weights to compile; or
-        random_seed: the seed of random weights, with `model` as their configuration.
+        random_seed: the seed of random weights, with `model` as their configuration; or
+        onnx: an encoder and a decoder that somebody exported, see `source.OnnxSource`.
         model: a preset's name or the path of a `config.json`, None for "large"; only with `random_seed`.
-        shapes: (H, W) input shapes, each a multiple of 16 and at least 48; pairs may mix them.
+        shapes: (H, W) input shapes, each a multiple of 16 and at least 48; pairs may mix them. None for the trained ones, or
+            for the one shape that ONNX files are fixed to.
+        backend: a backend's name, None for the best that can build here.
+        precision: "fp32", "hybrid", "fp16" or "bf16", None for the backend's default.
+        include, exclude: patterns of names of nodes that HybridCast puts into low precision, and leaves in float32.
+        max_batch: pairs at once that a GPU's plan takes.
+        dump_graphs: a directory to write the graph to after every pass.
+        verbose: print the backend's own log to stderr.
         force: build even if the bundle is there already.
         wait: wait for another build of the same target to end, rather than give up.
     """
@@ -57,20 +74,29 @@ class BuildRequest:
     out: Path
     checkpoint: Path | None = None
     random_seed: int | None = None
+    onnx: tuple[Path, Path] | None = None
     model: str | None = None
-    shapes: Sequence[tuple[int, int]] = TRAINED_SHAPES
+    shapes: Sequence[tuple[int, int]] | None = None
+    backend: str | None = None
+    precision: Precision | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    max_batch: int = 1
+    dump_graphs: Path | None = None
+    verbose: bool = False
     force: bool = False
     wait: bool = True
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """`reused`: an up-to-date bundle was found, nothing was built. `seconds`: time by phase."""
+    """`reused`: an up-to-date bundle was found, nothing was built. `seconds`: time by phase. `passes`: what each stage's passes did."""
 
     path: Path
     manifest: Manifest
     reused: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    passes: Sequence[StageReport] = ()
 
 
 def build(request: BuildRequest, report: Report = lambda description, fraction: None) -> BuildResult:
@@ -79,95 +105,209 @@ def build(request: BuildRequest, report: Report = lambda description, fraction: 
     Raises:
         UsageError: the request makes no sense.
         NoTarget: nothing here can build for that machine.
-        InputMissing, BadCheckpoint: the weights cannot be used.
+        InputMissing, BadCheckpoint, BadInput: the weights or graphs cannot be used.
         CannotWrite, DiskError, Busy: the bundle cannot be written.
         BackendFailed: the exporter or the backend failed.
         AccuracyFailed: the plan's outputs are too far from float32; nothing is kept.
     """
     _check_request(request)
-    backend = choose_backend(target := find_target(request.gpu))
-    _require_compile_packages()
+    target = find_target(request.gpu)
+    backend = choose_backend(target, request.backend)
+    _choose_precision(request, backend)
+    require_packages("building", ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors"))
     _check_inputs(request)
     out = prepare_target(request.out)
     clock = _Clock(report)
     with target_lock(out, request.wait, on_wait=lambda: clock.phase("waiting", f"waiting for another build of {out.name}", 0)):
         sweep_stale(out)
         clock.phase("weights", "reading weights", 0.01)
-        weights = _read_weights(request)
-        key = _build_key(request, weights, target, backend)
+        source = _open_source(request)
+        job = _Build(request, source, target, backend, clock)
+        key = job.key()
         if not request.force and (manifest := _up_to_date(out, key)):
             return BuildResult(out, manifest, reused=True)
-        return _build(request, weights, target, backend, key, out, clock)
+        return job.run(out, key, source)
 
 
-def _build(request: BuildRequest, weights: Weights, target: Target, backend: Backend, key: str, out: Path, clock: _Clock) -> BuildResult:
-    import torch
+class _Build:
+    """One build that has to be done."""
 
-    from smc.compiler.export import Graphs, export_decoder, export_encoder
+    def __init__(self, request: BuildRequest, source: Source, target: Target, backend: Backend, clock: _Clock) -> None:
+        self.request, self.target, self.backend, self.clock = request, target, backend, clock
+        self.precision = _choose_precision(request, backend)
+        self.info, self.reference, self.shapes = source.info, source.reference, _choose_shapes(request, source)
 
-    with Staging(out) as staging:
-        model = weights.build_model()
-        parameters = sum(p.numel() for p in model.parameters())
-        model_info = ModelInfo(
-            source=weights.source.encode(errors="replace").decode(),  # a file's name need not be Unicode, a manifest is
-            checkpoint_sha256=weights.sha256,
-            parameters=parameters,
-            config=weights.config.to_json(),
-        )
-        clock.phase("export", "exporting the encoder", 0.05)
-        encoder = export_encoder(model)
-        clock.phase("export", "exporting the decoder", 0.2)
-        decoder = export_decoder(model)
-        clock.phase("write", "writing the plan", 0.5)
-        stages = backend.write_plan(Graphs(encoder, decoder), staging)
-        files = staging.seal()
-        del encoder, decoder
+    def key(self) -> str:
+        """A hash of everything that the bundle depends on."""
+        import torch
 
-        pairs = list(verify.sample_pairs(request.shapes))
-        references = []
-        for i, pair in enumerate(pairs):
-            clock.phase("verify", f"float32 reference, {pair.title}", 0.55 + 0.2 * i / len(pairs))
-            references.append(_run_model(model, pair))
-        del model, weights  # the plan is loaded next: the two are never in memory together
+        parts: dict[str, Any] = {
+            "format": FORMAT_VERSION,
+            "tool": VERSION,
+            "torch": str(torch.__version__),
+            "libraries": [metadata.version(name) for name in ("onnxscript", "onnx-ir", "onnx", "onnx-graphsurgeon", "onnxruntime")],
+            "backend": [self.backend.NAME, self.backend.version()],
+            "target": self.target.name,
+            "config": self.info.config,
+            "weights": self.info.checkpoint_sha256 or self.info.source,
+            "shapes": [list(shape) for shape in self.shapes],
+            "precision": [self.precision, list(self.request.include), list(self.request.exclude)],
+            "max_batch": self.request.max_batch,
+        }
+        return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
 
-        clock.phase("verify", "loading the plan", 0.75)
-        engine = engine_for(backend.NAME, read_files(staging.path, files), stages)
+    def run(self, out: Path, key: str, source: Source) -> BuildResult:
+        graphs = {stage: f"{stage}.onnx" for stage in STAGES}
+        pairs = list(verify.sample_pairs(self.shapes))
+        with Staging(out) as staging:
+            exported = source.export(self.clock.within("export", 0.03, 0.3))
+            references = []
+            for i, pair in enumerate(pairs):
+                self.clock.phase("reference", f"float32 reference, {pair.title}", 0.3 + 0.1 * i / len(pairs))
+                references.append(source.run(pair))
+            reports = self._write_graphs(exported, pairs, references, staging)
+            source.close()  # the plan is loaded next: the two are never in memory together
+
+            verification = None
+            if self._on_gpu:
+                with staging.writing() as directory:
+                    verify.save_outputs(directory / RECORDED, references)
+                verification = self._verify(_graph_engine(staging, graphs), "graph", pairs, references, 0.55)
+            stages = self._write_plan(graphs, staging)
+            files = staging.seal()
+
+            unverified = Verification(subject="plan", reference=self.reference, tolerance=self._tolerance, pairs=[])
+            manifest = Manifest(
+                format=FORMAT_VERSION,
+                tool_version=VERSION,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                build_key=key,
+                model=self.info,
+                target=TargetInfo(gpu=self.target.name, sm=self.target.sm),
+                backend=BackendInfo(name=self.backend.NAME, version=self.backend.version()),
+                precision=self.precision,
+                shapes=[Shape(height=height, width=width) for height, width in self.shapes],
+                max_batch=self.request.max_batch if self._on_gpu else None,
+                stages=stages,
+                graphs=graphs,
+                recorded=RECORDED if self._on_gpu else None,
+                files=files,
+                verify_only=_verify_only(stages, files),
+                verification=verification or unverified,
+            )
+            if self.backend.runs_here(self.target):
+                self.clock.phase("verify", "loading the plan", 0.9)
+                engine = engine_for(manifest, read_files(staging.path, files))
+                verification = self._verify(engine, "plan", pairs, references, 0.92)
+                manifest = msgspec.structs.replace(manifest, verification=verification)
+            staging.commit(manifest)
+        return BuildResult(out, manifest, reused=False, seconds=self.clock.stop(), passes=reports)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.target.sm is not None
+
+    @property
+    def _tolerance(self) -> Tolerance:
+        return verify.TOLERANCES[self.precision]
+
+    def _write_graphs(
+        self, exported: dict[str, ir.Model], pairs: Sequence[SamplePair], references: Sequence[Outputs], staging: Staging
+    ) -> list[StageReport]:
+        """Run the passes on both stages and write the typed graphs, with the report of what was done."""
+        from smc.compiler.graph_files import GraphDumper
+        from smc.compiler.optimize import StageGraph
+        from smc.passes.hybrid_cast import UnmatchedPattern, check_patterns
+
+        request = self.request
+        with staging.writing():
+            dumper = GraphDumper(request.dump_graphs) if request.dump_graphs is not None else None
+        # The first pair calibrates: every other shape has the same images, and the same network.
+        features = [references[0][name][None] for name in ("features1", "features2")]
+        feeds = {"encoder": [[pairs[0].view1], [pairs[0].view2]], "decoder": [features]}
+        graphs = {}
+        for stage, start in zip(STAGES, (0.4, 0.45), strict=True):
+            task = PipelineTask(stage, self.shapes, request.max_batch, self.precision, request.include, request.exclude)
+            graphs[stage] = StageGraph(exported[stage], task, dumper, self.clock.within("optimize", start, start + 0.05))
+            with staging.writing():
+                graphs[stage].run(PIPELINES[self.backend.NAME])
+        try:
+            check_patterns([*request.include, *request.exclude], *(stage.graph for stage in graphs.values()))
+        except UnmatchedPattern as error:
+            raise UsageError(str(error), fix="--dump-graphs DIR writes the graphs with the names of their nodes") from error
+        reports = []
+        for stage in STAGES:
+            graph = graphs.pop(stage)
+            with staging.writing() as directory:
+                graph.cast(feeds[stage])
+                reports.append(graph.write(directory))
+        with staging.writing() as directory:
+            (directory / PASSES).write_bytes(msgspec.json.format(msgspec.json.encode(reports)))
+        return reports
+
+    def _write_plan(self, graphs: dict[str, str], staging: Staging) -> dict[str, str]:
+        import platformdirs
+
+        with staging.writing() as directory:
+            job = PlanJob(
+                graphs={stage: directory / name for stage, name in graphs.items()},
+                target=self.target,
+                shapes=self.shapes,
+                max_batch=self.request.max_batch,
+                output=directory,
+                cache=Path(platformdirs.user_cache_dir("speedy-mast3r")),
+                report=self.clock.within("plan", 0.65, 0.9),
+                verbose=self.request.verbose,
+            )
+            return self.backend.write_plan(job)
+
+    def _verify(
+        self, engine: Engine, subject: Literal["plan", "graph"], pairs: Sequence[SamplePair], references: Sequence[Outputs], start: float
+    ) -> Verification:
         done = iter(range(len(pairs)))
         verification = verify.compare_engine(
             engine,
-            f"torch {torch.__version__} in float32",
+            subject,
+            self.reference,
             pairs,
             references,
-            backend.TOLERANCE,
-            lambda what: clock.phase("verify", what, 0.8 + 0.2 * next(done) / len(pairs)),
+            self._tolerance,
+            lambda what: self.clock.phase("verify", what, start + 0.08 * next(done) / len(pairs)),
         )
         verify.check(verification)
+        return verification
 
-        manifest = Manifest(
-            format=FORMAT_VERSION,
-            tool_version=VERSION,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            build_key=key,
-            model=model_info,
-            target=TargetInfo(gpu=target.name, sm=target.sm),
-            backend=BackendInfo(name=backend.NAME, version=backend.version()),
-            precision="fp32",
-            shapes=[Shape(height=height, width=width) for height, width in request.shapes],
-            stages=stages,
-            files=files,
-            verification=verification,
-        )
-        staging.commit(manifest)
-    return BuildResult(out, manifest, reused=False, seconds=clock.stop())
+
+def _graph_engine(staging: Staging, graphs: dict[str, str]) -> Engine:
+    """The typed graphs as they were written."""
+    from smc.compiler.graph_engine import GraphEngine
+    from smc.compiler.graph_files import read_graph
+
+    with staging.writing() as directory:
+        contents = {path.name: memoryview(path.read_bytes()) for path in directory.iterdir() if path.stem in graphs}
+    return GraphEngine({stage: read_graph(contents, stage) for stage in graphs})
+
+
+def _verify_only(stages: dict[str, str], files: Iterable[str]) -> list[str]:
+    """The files that matching does not need: not a stage's plan, nor the weights beside it."""
+    needed = {stem for name in stages.values() for stem in (name, name.removesuffix(".onnx") + WEIGHTS_SUFFIX)}
+    return sorted(set(files) - needed)
 
 
 def _check_request(request: BuildRequest) -> None:
-    if (request.checkpoint is None) == (request.random_seed is None):
-        raise UsageError("one of a checkpoint and random weights is needed", fix="give --checkpoint FILE or --random-weights SEED")
-    if request.checkpoint is not None and request.model is not None:
+    if [request.checkpoint, request.random_seed, request.onnx].count(None) != 2:
+        raise UsageError(
+            "one of a checkpoint, random weights and ONNX files is needed",
+            fix="give --checkpoint FILE, --random-weights SEED or --onnx ENCODER DECODER",
+        )
+    if request.random_seed is None and request.model is not None:
         raise UsageError("a checkpoint says itself which model it is", fix="leave out --model")
     if request.random_seed is not None and request.random_seed < 0:
         raise UsageError(f"the seed {request.random_seed} is negative")
+    if not 1 <= request.max_batch <= 64:
+        raise UsageError(f"a plan for {request.max_batch} pairs at once: 1 to 64 was expected")
+    if request.shapes is None:
+        return
     if not request.shapes or len(set(request.shapes)) != len(request.shapes):
         raise UsageError("at least one input shape is needed, and none twice")
     for height, width in request.shapes:
@@ -179,51 +319,45 @@ def _check_inputs(request: BuildRequest) -> None:
     """Refuse what is absent before anything is made on disk."""
     from smc.compiler.config import resolve_config
 
-    if request.checkpoint is None:
+    if request.random_seed is not None:
         resolve_config(request.model or "large")
-    elif not os.path.exists(request.checkpoint):
+    elif request.checkpoint is not None and not os.path.exists(request.checkpoint):
         raise InputMissing(
             f"{request.checkpoint}: no such checkpoint", fix="give a .pth file, or the folder of model.safetensors and config.json"
         )
 
 
-def _require_compile_packages() -> None:
-    missing = []
-    for name in ("torch", "onnx", "onnxscript", "safetensors"):
-        try:
-            __import__(name)
-        except ImportError:
-            missing.append(name)
-    if missing:
-        raise NoTarget(f"building needs {', '.join(missing)}, which is not installed", fix="pip install 'speedy-mast3r[compile]'")
+def _choose_precision(request: BuildRequest, backend: Backend) -> Precision:
+    precision = request.precision or backend.PRECISIONS[0]
+    if precision not in backend.PRECISIONS:
+        raise UsageError(f"{backend.NAME} plans are {' or '.join(backend.PRECISIONS)}, not {precision!r}")
+    if precision not in ("hybrid", "bf16") and (request.include or request.exclude):
+        raise UsageError(
+            f"a plan in {precision} has one type for everything, so patterns of nodes mean nothing",
+            fix="leave out --include and --exclude",
+        )
+    return precision
 
 
-def _read_weights(request: BuildRequest) -> Weights:
+def _choose_shapes(request: BuildRequest, source: Source) -> Sequence[tuple[int, int]]:
+    if source.fixed_shape is None:
+        return request.shapes or TRAINED_SHAPES
+    if request.shapes is not None and list(request.shapes) != [source.fixed_shape]:
+        shape = "{1}x{0}".format(*source.fixed_shape)
+        raise UsageError(f"{source.info.source} takes the input shape {shape} alone", fix=f"give --shape {shape}, or none")
+    return [source.fixed_shape]
+
+
+def _open_source(request: BuildRequest) -> Source:
     from smc.compiler.checkpoint import load_checkpoint, random_weights
     from smc.compiler.config import resolve_config
 
+    if request.onnx is not None:
+        return OnnxSource(*request.onnx)
     if request.checkpoint is not None:
-        return load_checkpoint(request.checkpoint)
+        return CheckpointSource(load_checkpoint(request.checkpoint))
     assert request.random_seed is not None
-    return random_weights(resolve_config(request.model or "large"), request.random_seed)
-
-
-def _build_key(request: BuildRequest, weights: Weights, target: Target, backend: Backend) -> str:
-    """A hash of everything that the bundle depends on."""
-    import torch
-
-    parts: dict[str, Any] = {
-        "format": FORMAT_VERSION,
-        "tool": VERSION,
-        "torch": torch.__version__,
-        "exporter": [metadata.version(name) for name in ("onnxscript", "onnx-ir", "onnx")],
-        "backend": [backend.NAME, backend.version()],
-        "target": target.name,
-        "config": weights.config.to_json(),
-        "weights": weights.sha256 or weights.source,
-        "shapes": [list(shape) for shape in request.shapes],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return CheckpointSource(random_weights(resolve_config(request.model or "large"), request.random_seed))
 
 
 def _up_to_date(out: Path, key: str) -> Manifest | None:
@@ -233,17 +367,6 @@ def _up_to_date(out: Path, key: str) -> Manifest | None:
     except SmcError:
         return None
     return bundle.manifest if bundle.manifest.build_key == key else None
-
-
-def _run_model(model: Mast3r, pair: verify.SamplePair) -> verify.Outputs:
-    import torch
-
-    with torch.inference_mode():
-        features1, features2 = model.encode(torch.from_numpy(pair.view1)), model.encode(torch.from_numpy(pair.view2))
-        maps = model.decode(features1, features2)
-    return {
-        name: np.ascontiguousarray(value[0].numpy()) for name, value in {"features1": features1, "features2": features2, **maps}.items()
-    }
 
 
 class _Clock:
@@ -258,6 +381,10 @@ class _Clock:
         self.stop()
         self._phase = name
         self._report(description, fraction)
+
+    def within(self, name: str, start: float, end: float) -> Report:
+        """A report for a part of the build that counts its own progress from 0 to 1."""
+        return lambda description, fraction: self.phase(name, description, start + (end - start) * fraction)
 
     def stop(self) -> dict[str, float]:
         now = time.perf_counter()

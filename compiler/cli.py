@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,6 +63,13 @@ def cli() -> None:
 @click.option(
     "--random-weights", "random_seed", type=int, metavar="SEED", help="Random weights instead of a checkpoint: for trying the tool out."
 )
+@click.option(
+    "--onnx",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    metavar="ENCODER DECODER",
+    help="Two ONNX files instead of a checkpoint; README says what they must take and return.",
+)
 @click.option("--model", metavar="NAME|FILE", help="With --random-weights: large, small or a config.json.  [default: large]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle's directory. An older bundle there is removed.")
 @click.option(
@@ -71,15 +79,29 @@ def cli() -> None:
     multiple=True,
     help="Input shape, several times for several.  [default: the trained ones, both orientations]",
 )
+@click.option("--backend", help="Backend to build for.  [default: the best that can build here]")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "hybrid", "fp16", "bf16"]),
+    help="hybrid: float16 with float32 where it is needed; bf16 likewise; fp16: float16 everywhere.  [default: hybrid on GPUs]",
+)
+@click.option("--include", multiple=True, metavar="PATTERN", help="Nodes to put into low precision, by name; * stands for anything.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Nodes to leave in float32; goes before --include.")
+@click.option("--max-batch", default=1, show_default=True, help="Pairs at once that a GPU's plan takes.")
+@click.option("--dump-graphs", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass, numbered.")
+@click.option("--verbose", is_flag=True, help="Print the backend's own log, and why passes left nodes alone.")
 @click.option("--force", is_flag=True, help="Build even if the bundle is up to date.")
 @click.option("--no-wait", is_flag=True, help="Fail if another build of the same bundle is running.")
-def build(gpu: str, out: Path, shapes: Sequence[tuple[int, int]], no_wait: bool, **request: Any) -> None:
+def build(gpu: str, out: Path, shapes: Sequence[tuple[int, int]], no_wait: bool, verbose: bool, **request: Any) -> None:
     """Build a bundle from a checkpoint, and verify it."""
-    from smc.compiler.build import TRAINED_SHAPES, BuildRequest
+    from smc.compiler.build import BuildRequest
     from smc.compiler.build import build as run_build
 
     with _progress() as report:
-        result = run_build(BuildRequest(gpu=gpu, out=out, shapes=shapes or TRAINED_SHAPES, wait=not no_wait, **request), report)
+        result = run_build(BuildRequest(gpu=gpu, out=out, shapes=shapes or None, wait=not no_wait, verbose=verbose, **request), report)
+    for stage in result.passes:
+        if stage.passes:
+            _print_table(_passes_table(stage, verbose))
     table = _table()
     _add_bundle_rows(table, result.manifest)
     table.add_row(
@@ -156,16 +178,23 @@ def verify(bundle: Path, pair: tuple[Path, Path] | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def inspect(bundle: Path, as_json: bool) -> None:
+@click.option("--layers", is_flag=True, help="List every layer of the plan.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(bundle: Path, layers: bool, as_json: bool) -> None:
     """Show what a bundle is, after checking that it is whole."""
+    import dataclasses
+
+    import msgspec
+
+    from smc.compiler.inspect import inspect_contents
     from smc.exported.bundle import open_bundle
 
     with _progress() as report:
         report("reading the bundle")
-        manifest = open_bundle(bundle).manifest
+        opened = open_bundle(bundle)
+    manifest, contents = opened.manifest, inspect_contents(opened)
     if as_json:
-        _print_json(manifest)
+        _print_json(msgspec.to_builtins(manifest) | msgspec.to_builtins(dataclasses.asdict(contents)))
         return
     table = _table()
     _add_bundle_rows(table, manifest)
@@ -173,6 +202,15 @@ def inspect(bundle: Path, as_json: bool) -> None:
     for name, info in manifest.files.items():
         table.add_row(name, f"{info.size:,} bytes, sha256 {info.sha256[:16]}...")
     _print_table(table)
+    for stage in contents.passes:
+        if stage.passes:
+            _print_table(_passes_table(stage, verbose=False))
+    for name, plan in contents.layers.items():
+        _print_table(_layers_table(name, plan, layers))
+    if contents.engine is not None:
+        _print_json(contents.engine)
+    elif contents.why_not:
+        ERR.print(_printable(f"The layers are those of the network before TensorRT fused them: {contents.why_not}."))
     _print_table(_verification_table(manifest.verification))
 
 
@@ -244,11 +282,48 @@ def _add_bundle_rows(table: Table, manifest: Any) -> None:
     table.add_row(
         "verified", f"relative error at most {worst:.1e}, match overlap at least {overlap:.3f}, against {manifest.verification.reference}"
     )
+    if manifest.verification.subject == "graph":
+        table.add_row("", "by the graph that the engine was built from: the engine itself has not been run; smc verify does, on its GPU")
+
+
+def _passes_table(stage: Any, verbose: bool) -> Table:
+    """What the passes did to a stage's graph; with `verbose` also what they left alone, and why."""
+    table = Table(stage.stage, "rewrites", "nodes", "left alone", box=None, pad_edge=False)
+    for step in stage.passes:
+        nodes = f"{step.nodes_before} to {step.nodes_after}" if step.nodes_before != step.nodes_after else f"{step.nodes_after}"
+        table.add_row(step.name, str(step.rewrites), nodes, str(len(step.declined)) if step.declined else "")
+        if verbose or (step.declined and not step.rewrites):
+            for node, why in step.declined:
+                table.add_row("", "", "", _printable(f"{node}: {why}"))
+    islands = [island for step in stage.passes for island in step.islands]
+    for reason, count in Counter(reason for _, reason in islands).most_common(None if verbose else 8):
+        table.add_row("float32", str(count), "", _printable(reason))
+    return table
+
+
+def _layers_table(stage: str, plan: Any, every: bool) -> Table:
+    """A TensorRT network: how many layers of each kind and precision, or every layer by name."""
+    memory = (
+        f"weights {plan['weight_bytes'] / 1e6:,.1f} MB, engine {plan['engine_bytes'] / 1e6:,.1f} MB, "
+        f"workspace at most {plan['workspace_limit_bytes'] / 2**30:,.1f} GiB"
+    )
+    title = f"{stage}: {len(plan['layers'])} layers; {memory}"
+    if not every:
+        table = Table("layer", "precision", "count", title=title, title_justify="left", box=None, pad_edge=False)
+        for total in plan["totals"]:
+            table.add_row(total["type"], total["precision"], str(total["layers"]))
+        return table
+    table = Table("name", "layer", "outputs", title=title, title_justify="left", box=None, pad_edge=False)
+    for layer in plan["layers"]:
+        outputs = (f"{out['type']} {'x'.join('?' if n is None else str(n) for n in out['shape'])}" for out in layer["outputs"])
+        table.add_row(_printable(layer["name"]), layer["type"], ", ".join(outputs))
+    return table
 
 
 def _verification_table(verification: Any) -> Table:
     tolerance = verification.tolerance
-    title = f"against {verification.reference}; allowed: relative {tolerance.relative:.0e}, worst pixel {tolerance.worst_pixel:.0e}"
+    ran = "" if verification.subject == "plan" else "the engine itself has not been run; the graph it was built from, in ONNX Runtime, "
+    title = f"{ran}against {verification.reference}; allowed: relative {tolerance.relative:.0e}, worst pixel {tolerance.worst_pixel:.0e}"
     table = Table(
         "pair", "output", "relative error", "worst pixel", "at row, column", title=title, title_justify="left", box=None, pad_edge=False
     )
@@ -287,7 +362,14 @@ def _print_json(value: Any) -> None:
 def _progress() -> Iterator[Callable[..., None]]:
     """A progress bar on a terminal, a line for each step elsewhere. Yields report(description, fraction)."""
     if not ERR.is_terminal:
-        yield lambda description, fraction=None: ERR.print(_printable(description))
+        said: list[str] = []
+
+        def say(description: str, fraction: float | None = None) -> None:
+            if said[-1:] != [description]:
+                said[:] = [description]
+                ERR.print(_printable(description))
+
+        yield say
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=ERR, transient=True) as progress:

@@ -13,9 +13,9 @@ from smc.version import VERSION
 
 PACKAGES = {
     "": ("numpy", "pillow", "msgspec", "filelock", "click", "rich", "onnxruntime"),
-    "compile": ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "polygraphy", "safetensors"),
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt-rtx-cu13",),
+    "compile": ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "polygraphy", "safetensors", "platformdirs"),
+    "tensorrt": ("tensorrt", "triton", "cuda-bindings"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13", "cuda-bindings"),
     "cuda": ("cuda-core", "cuda-bindings"),
 }
 """Extras of the distribution ("" the plain install) and the packages they bring."""
@@ -23,8 +23,8 @@ PACKAGES = {
 PURPOSES = {
     "": "run bundles",
     "compile": "build bundles",
-    "tensorrt": "TensorRT plans, none in this version",
-    "tensorrt-rtx": "TensorRT-RTX plans, none in this version",
+    "tensorrt": "TensorRT plans",
+    "tensorrt-rtx": "TensorRT-RTX plans",
     "cuda": "CUDA plans, none in this version",
 }
 

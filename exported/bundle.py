@@ -28,7 +28,7 @@ class Bundle:
     Attributes:
         path: the directory.
         manifest: its manifest.
-        files: name -> contents, every file that the manifest lists. The bytes that were hashed are these very bytes, whatever
+        files: name -> contents, of the files that were asked for. The bytes that were hashed are these very bytes, whatever
             happens to the files afterwards.
     """
 
@@ -37,8 +37,12 @@ class Bundle:
     files: dict[str, memoryview]
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Read a bundle into memory and verify every byte of it.
+def open_bundle(path: str | os.PathLike[str], *, everything: bool = True) -> Bundle:
+    """Read a bundle into memory and verify every byte that is read.
+
+    Args:
+        path: the bundle's directory.
+        everything: False leaves out the files that only verification needs, which a deployment may lack.
 
     Raises:
         InputMissing: there is no bundle, or it cannot be read.
@@ -47,7 +51,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         DiskError: a read failed midway.
         OutOfMemory: it does not fit into memory.
     """
-    return _read_settled(Path(path), _read_bundle)
+    return _read_settled(Path(path), _read_bundle if everything else _read_plan)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -99,6 +103,12 @@ def read_files(path: Path, files: Mapping[str, FileInfo]) -> dict[str, memoryvie
 def _read_bundle(path: Path, directory: int) -> Bundle:
     manifest = _read_manifest(path, directory)
     return Bundle(path, manifest, _read_files(path, directory, manifest.files))
+
+
+def _read_plan(path: Path, directory: int) -> Bundle:
+    manifest = _read_manifest(path, directory)
+    needed = {name: info for name, info in manifest.files.items() if name not in manifest.verify_only}
+    return Bundle(path, manifest, _read_files(path, directory, needed))
 
 
 def _read_files(path: Path, directory: int, files: Mapping[str, FileInfo]) -> dict[str, memoryview]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from smc.exported.errors import BadImage, InputMissing, SmcError, UsageError
+from smc.exported.errors import BadImage, BadInput, InputMissing, SmcError, UsageError
 
 ImageSource = str | os.PathLike[str] | Image.Image | NDArray[np.generic]
 ExifChoice = Literal["apply", "ignore"]
@@ -52,14 +52,14 @@ class View:
     """An image prepared for the network.
 
     Attributes:
-        pixels: float32 (3, H, W) in [-1, 1], RGB.
+        rgb: uint8 (H, W, 3).
         image_size: (width, height) of the image that coordinates refer to.
         resized_size: (width, height) after the resize, before the crop.
         crop_offset: (left, top) of the crop in the resized image.
         exif: the frame of `image_size`.
     """
 
-    pixels: NDArray[np.float32]
+    rgb: NDArray[np.uint8]
     image_size: tuple[int, int]
     resized_size: tuple[int, int]
     crop_offset: tuple[int, int]
@@ -68,8 +68,13 @@ class View:
     @property
     def shape(self) -> tuple[int, int]:
         """(H, W) of the network's input."""
-        height, width = self.pixels.shape[1:]
+        height, width, _ = self.rgb.shape
         return height, width
+
+    @property
+    def pixels(self) -> NDArray[np.float32]:
+        """float32 (3, H, W) in [-1, 1], as the original network takes it."""
+        return to_unit_range(self.rgb[None])[0]
 
     @property
     def kept(self) -> float:
@@ -223,9 +228,24 @@ def _render(image: Image.Image, geometry: Geometry, exif: ExifChoice) -> View:
     # The filters are the original's choice.
     shrinks = max(image.size) > max(resized_size)
     resized = image.resize(resized_size, Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC)
-    rgb = np.asarray(resized.crop(box), np.float32)  # (H, W, 3)
-    pixels = np.ascontiguousarray(((rgb / 255 - 0.5) / 0.5).transpose(2, 0, 1), np.float32)
-    return View(pixels, image.size, resized_size, box[:2], exif)
+    return View(np.asarray(resized.crop(box)), image.size, resized_size, box[:2], exif)
+
+
+def to_unit_range(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], rounded as the original does."""
+    return np.ascontiguousarray(((rgb.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2), np.float32)
+
+
+def to_bytes(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The inverse of `to_unit_range`. Raises BadInput where the pixels are not those of an 8-bit image."""
+    values = (pixels.transpose(0, 2, 3, 1) + 1) * 127.5
+    rgb = np.rint(values)
+    if not (np.abs(values - rgb) < 0.01).all() or rgb.min() < 0 or rgb.max() > 255:
+        raise BadInput(
+            "this plan takes 8-bit images, and these float32 pixels are not x / 127.5 - 1 of any",
+            fix="give the image itself to match() or encode(), or use a plan for CPUs",
+        )
+    return rgb.astype(np.uint8)
 
 
 def load_image(path: ImageSource, size: int = 512, exif: ExifChoice = "apply") -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -98,13 +98,29 @@ class Tolerance(_Record, frozen=True):
 
 
 class Verification(_Record, frozen=True):
+    """A parity check.
+
+    subject: "plan" if the plan itself was run; "graph" if the graph that it was built from was run instead, in ONNX Runtime.
+    reference: what gave the float32 outputs.
+    """
+
+    subject: Literal["plan", "graph"]
     reference: str
     tolerance: Tolerance
     pairs: list[PairReport]
 
 
 class Manifest(_Record, frozen=True):
-    """What a bundle is. `stages` maps "encoder" and "decoder" to their plan files, `files` describes every file but this one."""
+    """What a bundle is.
+
+    precision: "fp32", "hybrid", "fp16" or "bf16".
+    max_batch: pairs at once that the plan takes, None for any number.
+    stages: "encoder" and "decoder" -> the plan's file.
+    graphs: "encoder" and "decoder" -> the ONNX graph that the plan was built from; the plan itself, for ONNX Runtime.
+    recorded: file of the float32 outputs that `verification` compared with, None where the graphs are float32 themselves.
+    files: every file but this one.
+    verify_only: files that `smc verify` and `smc inspect` read and that matching does not need.
+    """
 
     format: int
     tool_version: str
@@ -115,8 +131,12 @@ class Manifest(_Record, frozen=True):
     backend: BackendInfo
     precision: str
     shapes: list[Shape]
+    max_batch: int | None
     stages: dict[str, str]
+    graphs: dict[str, str]
+    recorded: str | None
     files: dict[str, FileInfo]
+    verify_only: list[str]
     verification: Verification
 
     @property
@@ -206,11 +226,17 @@ def _check_consistency(manifest: Manifest) -> None:
             raise _damaged(f"{name!r} is not a file name that a bundle may hold")
         if info.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", info.sha256):
             raise _damaged(f"the description of {name} is malformed")
-    if manifest.stages.keys() != {"encoder", "decoder"}:
-        raise _damaged(f"its stages are {', '.join(manifest.stages)}, not encoder and decoder")
-    for stage, name in manifest.stages.items():
+    for member, named in (("stages", manifest.stages), ("graphs", manifest.graphs)):
+        if named.keys() != {"encoder", "decoder"}:
+            raise _damaged(f"its {member} are {', '.join(named)}, not encoder and decoder")
+        for stage, name in named.items():
+            if name not in manifest.files:
+                raise _damaged(f"{member} names no file of the bundle for the {stage}")
+    for name in (*manifest.verify_only, *filter(None, [manifest.recorded])):
         if name not in manifest.files:
-            raise _damaged(f"stage {stage} names no file of the bundle")
+            raise _damaged(f"{name!r} is no file of the bundle")
+    if set(manifest.verify_only) & set(manifest.stages.values()):
+        raise _damaged("it lists a plan's file as needed for verification only")
     if not manifest.shapes or any(s.height <= 0 or s.width <= 0 or s.height % 16 or s.width % 16 for s in manifest.shapes):
         raise _damaged("its input shapes are not positive multiples of 16")
     if not manifest.verification.pairs or not all(pair.outputs for pair in manifest.verification.pairs):

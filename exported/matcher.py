@@ -103,6 +103,7 @@ class Matcher:
             InputMissing, BadImage: an image cannot be read.
             BadInput, UsageError: an option is out of range.
         """
+        _check_options(pixel_tol, both_ways, border)  # before the encoder runs
         return self.match_features(
             self.encode(image0, exif=exif),
             self.encode(image1, exif=exif),
@@ -124,7 +125,7 @@ class Matcher:
                 "build it with a --shape of that aspect ratio",
                 stacklevel=2,
             )
-        return Features(self._engine.encode(view.pixels[None]), view, self.manifest.build_key)
+        return Features(self._engine.encode(view.rgb[None]), view, self.manifest.build_key)
 
     def match_features(
         self,
@@ -139,10 +140,7 @@ class Matcher:
         points3d: bool = False,
     ) -> Matches:
         """Match two encoded images. Arguments as for `match`."""
-        if both_ways and pixel_tol > 0:
-            raise BadInput("both_ways follows walks until they close, pixel_tol keeps starting points: choose one")
-        if border < 0:
-            raise BadInput(f"border must be 0 or more, found {border}")
+        _check_options(pixel_tol, both_ways, border)
         if not features0.build_key == features1.build_key == self.manifest.build_key:
             raise BadInput("these features were encoded by another bundle", fix="encode the images with this matcher")
         if features0.view.exif != features1.view.exif:
@@ -202,6 +200,13 @@ class Matcher:
             )
 
 
+def _check_options(pixel_tol: float, both_ways: bool, border: int) -> None:
+    if both_ways and pixel_tol > 0:
+        raise UsageError("both_ways follows walks until they close, pixel_tol keeps starting points: choose one")
+    if border < 0:
+        raise UsageError(f"border must be 0 or more, found {border}")
+
+
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Matcher:
     """Load a bundle.
 
@@ -220,5 +225,5 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Matcher
     """
     if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
         raise UsageError(f"threads is {threads!r}, a whole number from 1 to 1024 was expected")
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, everything=False)
     return Matcher(load_engine(bundle, threads), bundle.manifest)

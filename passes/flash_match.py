@@ -51,7 +51,7 @@ class FlashMatch(Pass):
     Before: out = MatMul(Softmax(scale * MatMul(scale_q * q, scale_k * k^T)), v), q, k and v (B, heads, N, head_dim), with
     any of the three scales, each as Mul or Div by a number, and k^T in any spelling: whatever reaches the product is transposed
     back, and a Transpose that was there is composed with that.
-    After: out = Attention(q, k, v, scale=scale * scale_q * scale_k), its softmax in float32.
+    After: out = Attention(q, k, v, scale=scale * scale_q * scale_k).
 
     The search starts at each Softmax and goes by structure; names play no part. Three-dimensional attention, (B * heads, N,
     head_dim), gets a heads axis of one. Identity, Dropout that does nothing, and Casts around the softmax are seen through.
@@ -86,7 +86,8 @@ class FlashMatch(Pass):
     def _fuse(self, edit: Editor, found: _Attention) -> None:
         name = f"{found.name}/attention"
         operands = [found.query, edit.transpose(found.key, found.key_perm, name=f"{name}/k"), found.value]
-        attrs: dict[str, Any] = {"scale": found.scale, "softmax_precision": onnx.TensorProto.FLOAT}
+        # No softmax_precision: TensorRT takes none, and attention kernels keep their softmax in float32 anyway.
+        attrs: dict[str, Any] = {"scale": found.scale}
         if rank(found.query) == 4:
             edit.node("Attention", operands, name=name, output=found.output, **attrs)
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,17 +14,23 @@ from onnx import helper, inliner, numpy_helper, shape_inference, version_convert
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from smc.passes.base import GraphRefused
-from smc.passes.tensors import OPSET, Array, Dim, constant_value, dims, is_number_type, is_output
+from smc.passes.tensors import OPSET, Array, Dim, constant_value, dims, is_made_up, is_number_type, is_output, redirect
 
 OLDEST_OPSET = 17
 _LARGE = 1024  # bytes; shape arithmetic, whose values inference needs, stays far below
 
 
-def prepare(model: onnx.ModelProto) -> gs.Graph:
+def prepare(model: onnx.ModelProto, weights: Mapping[str, Array] | None = None) -> gs.Graph:
     """Import a model of opset 17 or newer, whose weights are loaded, raising its opset to 23 where it is older.
 
     The graph's weights are the model's own, not copies: leave the model as it is while the graph is in use.
-    Raises GraphRefused with the reason.
+
+    Args:
+        model: the model.
+        weights: values of those of its inputs that stand for weights, for a model of more than a protobuf's 2 GiB.
+
+    Raises:
+        GraphRefused: the model cannot be worked on, and why.
     """
     opset = next((imported.version for imported in model.opset_import if imported.domain in ("", "ai.onnx")), None)
     if opset is None or opset < OLDEST_OPSET:
@@ -40,13 +48,28 @@ def prepare(model: onnx.ModelProto) -> gs.Graph:
         graph = _infer_shapes(light)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:  # RuntimeError: what onnx's C++ raises
         raise GraphRefused(f"the graph of opset {opset} could not be raised to opset {OPSET}: {error}") from error
-    weights = {weight.name: weight for weight in model.graph.initializer if _is_large(weight)}
+    values: dict[str, Any] = {weight.name: LazyValues(weight) for weight in model.graph.initializer if _is_large(weight)}
+    values |= weights or {}
     for tensor in graph.inputs:
-        if tensor.name in weights:
-            tensor.to_constant(LazyValues(weights[tensor.name]))
+        if tensor.name in values:
+            tensor.to_constant(values[tensor.name])
     graph.inputs = [tensor for tensor in graph.inputs if isinstance(tensor, gs.Variable)]
     # Nodes that nothing reads would count as readers.
     return graph.cleanup(remove_unused_graph_inputs=False).toposort()
+
+
+def infer_shapes(graph: gs.Graph) -> None:
+    """Infer the shapes of a prepared graph again, in place, from those of its inputs and those that tensors state."""
+    light = graph.copy()
+    for tensor in light.tensors().values():
+        if isinstance(tensor, gs.Constant) and math.prod(tensor.shape) > _LARGE // 8:
+            stand_in = gs.Variable(tensor.name, tensor.dtype, tensor.shape)
+            redirect(tensor, stand_in)
+            light.inputs.append(stand_in)
+    found = _infer_shapes(gs.export_onnx(light)).tensors()
+    for name, tensor in graph.tensors().items():
+        if isinstance(tensor, gs.Variable) and name in found and found[name].shape is not None:
+            tensor.shape = list(found[name].shape)
 
 
 def _raised(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -94,23 +117,19 @@ def _reshapes(graph: gs.Graph) -> dict[str, onnx.ValueInfoProto]:
             continue
         gone, new = (_dynamic(Counter(a) - Counter(b)) for a, b in ((before, after), (after, before)))
         elements, others = _static_size(before), _static_size(after)
-        if len(new) != 1 or not _is_made_up(new[0]) or after.count(new[0]) != 1 or others == 0:
+        if len(new) != 1 or not is_made_up(new[0]) or after.count(new[0]) != 1 or others == 0:
             continue
         if not gone and elements % others == 0:
             after[after.index(new[0])] = elements // others
-        elif len(gone) == 1 and not _is_made_up(gone[0]) and elements == others:
+        elif len(gone) == 1 and not is_made_up(gone[0]) and elements == others:
             after[after.index(new[0])] = gone[0]
         else:
             continue
         dtype = tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
         # Made-up names mean nothing in the next round; left out, they are inferred again.
-        stated = [None if _is_made_up(size) else size for size in after]
+        stated = [None if is_made_up(size) else size for size in after]
         found[tensor.name] = helper.make_tensor_value_info(tensor.name, dtype, stated)
     return found
-
-
-def _is_made_up(size: Dim) -> bool:
-    return size is None or (isinstance(size, str) and size.startswith("unk__"))
 
 
 def _dynamic(sizes: Counter[Dim]) -> list[Dim]:

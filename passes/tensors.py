@@ -6,6 +6,9 @@ counted from the end, which survive broadcasting, are negative.
 
 from __future__ import annotations
 
+import ast
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,13 @@ _COMPUTES = frozenset(
     {"Add", "Cast", "ConstantOfShape", "Div", "Equal", "Floor", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "Range", "Reciprocal", "Sqrt"}
     | {"Sub", "Where"}
 )
+_RANDOM = frozenset({"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"})
+_ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:
@@ -93,6 +103,35 @@ def input_dims(graph: gs.Graph) -> frozenset[str]:
     return frozenset(size for tensor in graph.inputs for size in tensor.shape or () if isinstance(size, str))
 
 
+def is_made_up(size: Dim) -> bool:
+    """Whether a dimension is unknown, or has a name of shape inference's own, which means nothing in its next run."""
+    return size is None or (isinstance(size, str) and size.startswith("unk__"))
+
+
+def dim_value(size: Dim, sizes: Mapping[str, int]) -> int | None:
+    """A dimension's size where the named dimensions have `sizes`: of a name, or of arithmetic such as 16*rows; None if unknown."""
+    if not isinstance(size, str):
+        return size
+    if size in sizes:
+        return sizes[size]
+    try:
+        return _arithmetic(ast.parse(size, mode="eval").body, sizes)
+    except SyntaxError:
+        return None
+
+
+def _arithmetic(term: ast.expr, sizes: Mapping[str, int]) -> int | None:
+    match term:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name):
+            return sizes.get(name)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+            a, b = _arithmetic(left, sizes), _arithmetic(right, sizes)
+            return None if a is None or b is None else _ARITHMETIC[type(op)](a, b)
+    return None
+
+
 def is_number_type(dtype: object) -> bool:
     """Whether a tensor's type is one that NumPy has. bfloat16 is not: graphsurgeon gives its ONNX code instead."""
     return dtype is not None and not isinstance(dtype, int)
@@ -154,6 +193,31 @@ def _evaluate(tensor: gs.Tensor) -> Array | None:
     proto = onnx.helper.make_node(node.op, [operand.name for operand in node.inputs], ["out"], **attrs)
     (result,) = ReferenceEvaluator(proto, opsets={"": OPSET}).run(None, values)
     return np.asarray(result)
+
+
+def is_repeatable(node: gs.Node) -> bool:
+    """Whether a node makes the same of the same inputs every time: it draws no random numbers and runs no subgraph."""
+    return node.op not in _RANDOM and not any(isinstance(value, gs.Graph) for value in node.attrs.values())
+
+
+def run_node(node: gs.Node, values: Mapping[str, Array]) -> list[Array]:
+    """The outputs of a standard operation, from the values of its inputs by their names, as onnx's reference computes them."""
+    attrs = {
+        name: onnx.numpy_helper.from_array(value.values) if isinstance(value, gs.Constant) else value for name, value in node.attrs.items()
+    }
+    names = [f"out{i}" if output.name else "" for i, output in enumerate(node.outputs)]
+    proto = onnx.helper.make_node(node.op, [tensor.name for tensor in node.inputs], names, **attrs)
+    feed = {tensor.name: values[tensor.name] for tensor in node.inputs if not tensor.is_empty()}
+    results = ReferenceEvaluator(proto, opsets={"": OPSET}).run([name for name in names if name], feed)
+    return [np.asarray(result) for result in results]
+
+
+def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let all readers of `old` read `new`."""
+    for reader in list(old.outputs):
+        for i, tensor in enumerate(reader.inputs):
+            if tensor is old:
+                reader.inputs[i] = new
 
 
 def unscaled(node: gs.Node) -> tuple[gs.Tensor, float] | None:
@@ -296,3 +360,9 @@ class Editor:
         if shape is not None:
             del shape[axis]
         return self.node("Squeeze", [tensor, self.integers([axis], "axes")], name=name, dtype=tensor.dtype, shape=shape, output=output)
+
+    def split(self, tensor: gs.Tensor, sizes: gs.Tensor, outputs: list[gs.Tensor], *, name: str) -> None:
+        """Make `outputs`, tensors of the graph whose old producers lose them, parts of `tensor`'s last axis."""
+        for output in outputs:
+            output.inputs.clear()
+        self.graph.nodes.append(gs.Node("Split", self.fresh(name), attrs={"axis": -1}, inputs=[tensor, sizes], outputs=outputs))

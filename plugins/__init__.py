@@ -1,1 +1,1 @@
-"""Custom operations, one folder each. None exist yet: the plans of this version use standard ONNX operations alone."""
+"""Custom operations, one folder each: specification, plain reference, kernel, and what registers it with TensorRT."""

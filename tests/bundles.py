@@ -54,10 +54,14 @@ def sample_manifest(files: dict[str, FileInfo], key: str = "key") -> Manifest:
         backend=BackendInfo(name="onnxruntime", version="1.23"),
         precision="fp32",
         shapes=[shape],
+        max_batch=None,
         stages={"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
+        graphs={"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
+        recorded=None,
         files=files,
+        verify_only=[],
         verification=Verification(
-            reference="torch", tolerance=Tolerance(relative=1e-5, worst_pixel=1e-3, match_overlap=0.99), pairs=[pair]
+            subject="plan", reference="torch", tolerance=Tolerance(relative=1e-5, worst_pixel=1e-3, match_overlap=0.99), pairs=[pair]
         ),
     )
 

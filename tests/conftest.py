@@ -9,6 +9,7 @@ import pytest
 
 import smc
 from smc.compiler.build import BuildRequest, build
+from smc.exported.engines import cuda_memory
 from tests.conformance import DATA
 
 os.environ.setdefault("NO_COLOR", "1")  # plain command-line output, whatever the terminal
@@ -33,6 +34,20 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Pat
 @pytest.fixture(scope="session")
 def tiny_matcher(tiny_bundle: Path) -> smc.Matcher:
     return smc.load(tiny_bundle)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="this machine has no NVIDIA GPU"))
+
+
+def has_gpu() -> bool:
+    try:
+        return bool(cuda_memory.devices())
+    except smc.NoTarget:
+        return False
 
 
 @pytest.fixture(scope="session")

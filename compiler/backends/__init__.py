@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from smc.compiler.backends import onnxruntime
+from smc.compiler.backends import onnxruntime, tensorrt
+from smc.compiler.backends.plan_job import PlanJob
+from smc.compiler.pipeline import Precision
 from smc.compiler.targets import Target
-from smc.exported.errors import NoTarget
-
-if TYPE_CHECKING:
-    from smc.compiler.bundle_writer import Staging
-    from smc.compiler.export import Graphs
-    from smc.exported.manifest import Tolerance
+from smc.exported.errors import NoTarget, UsageError
 
 
 class Backend(Protocol):
-    """What a build-side module offers."""
+    """What a build side offers."""
 
     NAME: str
-    TOLERANCE: Tolerance
+    PRECISIONS: Sequence[Precision]
+    """What `--precision` may be, the default first."""
 
     def refusal(self, target: Target) -> str:
-        """Why plans for `target` cannot be built or run by this backend, or "" if they can."""
+        """Why plans for `target` cannot be built by this backend on this machine, or "" if they can."""
 
     def version(self) -> str:
         """Version of the library that the plan is for."""
 
-    def write_plan(self, graphs: Graphs, staging: Staging) -> dict[str, str]:
-        """Write the plan's files; returns the file of each stage."""
+    def runs_here(self, target: Target) -> bool:
+        """Whether this machine can run a plan for `target`."""
+
+    def write_plan(self, job: PlanJob) -> dict[str, str]:
+        """Write the plan's files from the typed graphs; returns the file of each stage."""
 
 
-BACKENDS: Sequence[Backend] = (onnxruntime,)
+BACKENDS: Sequence[Backend] = (tensorrt.full, tensorrt.rtx, onnxruntime)
 
 
-def choose_backend(target: Target) -> Backend:
-    """The first backend that can build for the target.
+def choose_backend(target: Target, name: str | None = None) -> Backend:
+    """The backend of that name, or the first that can build for the target.
 
     Raises:
-        NoTarget: none can; the message gives each one's reason.
+        UsageError: there is no backend of that name.
+        NoTarget: it, or none, can build for the target; the message gives each one's reason.
     """
-    refusals = {backend.NAME: backend.refusal(target) for backend in BACKENDS}
-    for backend in BACKENDS:
+    asked = [backend for backend in BACKENDS if name in (None, backend.NAME)]
+    if not asked:
+        raise UsageError(f"unknown backend {name!r}, known: {', '.join(backend.NAME for backend in BACKENDS)}")
+    refusals = {backend.NAME: backend.refusal(target) for backend in asked}
+    for backend in asked:
         if not refusals[backend.NAME]:
             return backend
     reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())

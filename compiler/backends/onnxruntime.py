@@ -1,21 +1,16 @@
-"""Plans for ONNX Runtime: the float32 graphs as they are, for any CPU."""
+"""Plans for ONNX Runtime: the graphs as they are, in float32, for any CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING
 
+from smc.compiler.backends.plan_job import PlanJob
+from smc.compiler.pipeline import Precision
 from smc.compiler.targets import Target
-from smc.exported.manifest import Tolerance
-
-if TYPE_CHECKING:
-    from smc.compiler.bundle_writer import Staging
-    from smc.compiler.export import Graphs
 
 NAME = "onnxruntime"
-
-TOLERANCE = Tolerance(relative=2e-5, worst_pixel=1e-3, match_overlap=0.99)
-"""Two correct float32 implementations differ by about 2e-6 here; ten times that is a defect."""
+PRECISIONS: Sequence[Precision] = ("fp32",)
 
 
 def refusal(target: Target) -> str:
@@ -26,15 +21,10 @@ def version() -> str:
     return metadata.version("onnxruntime")
 
 
-def write_plan(graphs: Graphs, staging: Staging) -> dict[str, str]:
-    """Write `encoder.onnx`, `decoder.onnx` and their weights."""
-    import onnx_ir
+def runs_here(target: Target) -> bool:
+    return target.sm is None
 
-    from smc.exported.engines.onnxruntime import WEIGHTS_SUFFIX
 
-    stages = {}
-    for stage, graph in (("encoder", graphs.encoder), ("decoder", graphs.decoder)):
-        with staging.writing() as directory:
-            onnx_ir.save(graph, directory / f"{stage}.onnx", external_data=f"{stage}{WEIGHTS_SUFFIX}")
-        stages[stage] = f"{stage}.onnx"
-    return stages
+def write_plan(job: PlanJob) -> dict[str, str]:
+    """The graphs themselves are the plan."""
+    return {stage: path.name for stage, path in job.graphs.items()}

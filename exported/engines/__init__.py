@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from smc.exported.bundle import Bundle
 from smc.exported.errors import BundleMismatch
+from smc.exported.manifest import Manifest
 
 Maps = dict[str, NDArray[np.float32]]
 Files = Mapping[str, memoryview]
@@ -18,8 +19,11 @@ Files = Mapping[str, memoryview]
 class Engine(Protocol):
     """A loaded plan. Calls may come from any number of threads at once."""
 
-    def encode(self, images: NDArray[np.float32]) -> Any:
-        """images (B, 3, H, W) float32 in [-1, 1] -> features of the engine's own kind, batch first."""
+    def encode(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> Any:
+        """images uint8 (B, H, W, 3), or float32 (B, 3, H, W) in [-1, 1] -> features of the engine's own kind, batch first.
+
+        A plan that takes bytes raises BadInput for float32 pixels that are not those of an 8-bit image.
+        """
 
     def decode(self, features1: Any, features2: Any) -> Maps:
         """Features of B images each -> `pts3d{1,2}`, `conf{1,2}`, `desc{1,2}`, `desc_conf{1,2}`, float32, batch first."""
@@ -37,13 +41,18 @@ def load_engine(bundle: Bundle, threads: int | None = None) -> Engine:
         NoTarget: the backend's library is not installed.
         OutOfMemory, BackendFailed: the engine could not be loaded.
     """
-    return engine_for(bundle.manifest.backend.name, bundle.files, bundle.manifest.stages, threads)
+    return engine_for(bundle.manifest, bundle.files, threads)
 
 
-def engine_for(backend: str, files: Files, stages: Mapping[str, str], threads: int | None = None) -> Engine:
-    """The engine of a backend over a plan's files; `stages` names the files of "encoder" and "decoder". Raises as `load_engine`."""
+def engine_for(manifest: Manifest, files: Files, threads: int | None = None) -> Engine:
+    """The engine for a plan whose files' contents are given. Raises as `load_engine`."""
+    backend = manifest.backend.name
     if backend == "onnxruntime":
         from smc.exported.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(files, stages, threads)
+        return OnnxRuntimeEngine(files, manifest.stages, threads)
+    if backend in ("tensorrt", "tensorrt-rtx"):
+        from smc.exported.engines.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(files, manifest)
     raise BundleMismatch(f"the bundle's backend is {backend!r}, which this version does not know", fix="upgrade speedy-mast3r")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from smc.exported.engines import Files, Maps
 from smc.exported.errors import BackendFailed, BundleMismatch, NoTarget, OutOfMemory
+from smc.exported.images import to_unit_range
 
 try:
     import onnxruntime
@@ -34,16 +35,19 @@ class OnnxRuntimeEngine:
         """
         self._encoder = _load_session(files, stages["encoder"], threads, optimize)
         self._decoder = _load_session(files, stages["decoder"], threads, optimize)
+        (self._image,) = (node.name for node in self._encoder.get_inputs())
+        self._features1, self._features2 = (node.name for node in self._decoder.get_inputs())
         self._outputs = [output.name for output in self._decoder.get_outputs()]
 
-    def encode(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """images (B, 3, H, W) -> features (B, H/16, W/16, C), float32."""
+    def encode(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+        """images -> features (B, H/16, W/16, C), float32."""
+        pixels = to_unit_range(images) if images.dtype == np.uint8 else images  # type: ignore[arg-type]
         with _translated("encoder"):
-            return self._encoder.run(["features"], {"image": images})[0]
+            return self._encoder.run(None, {self._image: pixels})[0]
 
     def decode(self, features1: NDArray[np.float32], features2: NDArray[np.float32]) -> Maps:
         with _translated("decoder"):
-            maps = self._decoder.run(self._outputs, {"features1": features1, "features2": features2})
+            maps = self._decoder.run(self._outputs, {self._features1: features1, self._features2: features2})
         return dict(zip(self._outputs, maps, strict=True))
 
 

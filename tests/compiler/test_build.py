@@ -77,7 +77,7 @@ def test_the_same_request_is_not_built_twice(tiny_bundle: Path) -> None:
         ({"shapes": [(384, 512), (384, 512)]}, smc.UsageError),
         ({"gpu": "tpu"}, smc.UsageError),
         ({"gpu": "v100"}, smc.NoTarget),
-        ({"gpu": "a40"}, smc.NoTarget),
+        ({"gpu": "h200", "backend": "tensorrt-rtx"}, smc.NoTarget),
         ({"model": "medium"}, smc.BadInput),
         ({"random_seed": None, "model": None, "checkpoint": Path("missing.pth")}, smc.InputMissing),
         ({"random_seed": None, "checkpoint": Path("missing.pth")}, smc.UsageError),

@@ -25,6 +25,7 @@ from smc.compiler import cli
 from smc.compiler.build import BuildRequest, BuildResult, build
 from smc.compiler.checkpoint import random_weights
 from smc.compiler.config import resolve_config
+from smc.compiler.source import CheckpointSource
 from smc.exported.bundle import open_bundle, read_manifest
 from smc.exported.engines.onnxruntime import OnnxRuntimeEngine
 from smc.exported.errors import AccuracyFailed, BackendFailed, Busy, DiskError
@@ -243,7 +244,7 @@ def test_a_checkpoint_whose_name_is_not_unicode(
 ) -> None:
     weights = random_weights(resolve_config(str(CONFIG)), 0)
     named = dataclasses.replace(weights, source=os.fsdecode(b"model\xff.pth"))
-    monkeypatch.setattr("smc.compiler.build._read_weights", lambda request: named)
+    monkeypatch.setattr("smc.compiler.build._open_source", lambda request: CheckpointSource(named))
     out = tmp_path / "bundle"
     build(wanted(out, shapes=ONE_SHAPE))
     assert run_main("inspect", str(out)) == 0

@@ -261,15 +261,12 @@ WRITE_TOO_MUCH = {
     "plain file": "(directory / 'x').write_bytes(bytes(1 << 17))",
     "manifest": "[(directory / f'file{i}').touch() for i in range(600)]; staging.commit(sample_manifest(staging.seal()))",
     "plan": (
-        "import numpy, onnx_ir as ir\n"
-        "        from types import SimpleNamespace\n"
-        "        from smc.compiler.backends.onnxruntime import write_plan\n"
-        "        x = ir.val('x', ir.DataType.FLOAT, [1024, 1024])\n"
-        "        w = ir.val('w', const_value=ir.tensor(numpy.ones((1024, 1024), numpy.float32), name='w'))\n"
-        "        node = ir.node('MatMul', [x, w])\n"
-        "        graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[w], opset_imports={'': 23})\n"
-        "        model = ir.Model(graph, ir_version=10)\n"
-        "        write_plan(SimpleNamespace(encoder=model, decoder=model), staging)"
+        "import numpy, onnx_graphsurgeon as gs\n"
+        "        from smc.compiler.graph_files import write_graph\n"
+        "        x, y = (gs.Variable(name, numpy.float32, [1024, 1024]) for name in 'xy')\n"
+        "        w = gs.Constant('w', numpy.ones((1024, 1024), numpy.float32))\n"
+        "        node = gs.Node('MatMul', inputs=[x, w], outputs=[y])\n"
+        "        write_graph(gs.Graph([node], [x], [y], opset=23), directory, 'encoder')"
     ),
 }
 

@@ -50,7 +50,7 @@ def test_every_requirement_of_the_distribution_is_looked_at() -> None:
     [
         ("onnxruntime", "run bundles [plain install]", "missing", "pip install speedy-mast3r"),
         ("torch", "build bundles [compile]", "missing", "pip install 'speedy-mast3r[compile]'"),
-        ("tensorrt", "TensorRT plans, none in this version [tensorrt]", "absent", "pip install 'speedy-mast3r[tensorrt]'"),
+        ("tensorrt", "TensorRT plans [tensorrt]", "absent", "pip install 'speedy-mast3r[tensorrt]'"),
         ("cuda-bindings", "CUDA plans, none in this version [cuda]", "absent", "pip install 'speedy-mast3r[cuda]'"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -115,3 +117,67 @@ def apply(model: onnx.ModelProto, *passes: Pass) -> tuple[gs.Graph, PassReport]:
 
 def count(graph: gs.Graph) -> Counter[str]:
     return Counter(node.op for node in graph.nodes)
+
+
+def left_alone(model: onnx.ModelProto, one: Pass) -> list[tuple[str, str]]:
+    """What a pass that must change nothing declines: nodes and reasons."""
+    graph = prepare(model)
+    before = written(graph)
+    report = one(graph)
+    assert report.rewrites == 0
+    assert written(graph) == before
+    return [(declined.node, declined.why) for declined in report.declined]
+
+
+def written(graph: gs.Graph) -> list[tuple[object, ...]]:
+    """A graph's nodes, to be compared."""
+    return sorted(
+        (node.name, node.op, sorted(map(str, node.attrs.items())), [t.name for t in node.inputs], [t.name for t in node.outputs])
+        for node in graph.nodes
+    )
+
+
+HEADS, HEAD_DIM = 2, 8
+
+
+def rotary(
+    table: Callable[[Builder, str], str] = lambda b, angles: b.op("Cos", angles, name="cos"),
+    *,
+    positions: Callable[[Builder, str], str] = lambda b, size: b.op("Cast", size, to=onnx.TensorProto.FLOAT),
+    batch: int | str = "batch",
+) -> onnx.ModelProto:
+    """x (batch, rows, cols, HEADS * HEAD_DIM) -> its tokens after RotaryEmbedding, whose tables are computed as RoPE2D's are exported.
+
+    `positions` makes the number of positions, as float32, of a size; `table` makes cos of angles (rows*cols, HEAD_DIM/2).
+    """
+    b = Builder()
+    x = b.input("x", [batch, "rows", "cols", HEADS * HEAD_DIM])
+    count, rows, cols = (b.op("Shape", x, start=i, end=i + 1) for i in range(3))
+    quarter = HEAD_DIM // 4
+    frequencies = np.float32(0.1) ** np.arange(1, quarter + 1, dtype=np.float32)
+    angles = []
+    for size, axis in ((rows, 1), (cols, 0)):
+        steps = b.op("Range", np.float32(0), positions(b, b.op("Squeeze", size)), np.float32(1))
+        turned = b.op("Mul", b.op("Unsqueeze", steps, np.array([1])), frequencies)
+        shape = b.op("Concat", rows, cols, np.array([quarter]), axis=0)
+        angles.append(b.op("Expand", b.op("Unsqueeze", turned, np.array([axis])), shape))
+    joined = b.op("Reshape", b.op("Concat", *angles, axis=-1), np.array([-1, HEAD_DIM // 2]), name="angles")
+    repeats = b.op("Concat", count, np.array([1, 1]), axis=0)
+    caches = [b.op("Expand", b.op("Unsqueeze", t, np.array([0])), repeats) for t in (table(b, joined), b.op("Sin", joined, name="sin"))]
+    tokens = b.op("Reshape", x, np.array([0, -1, HEADS, HEAD_DIM]))
+    b.output(b.op("RotaryEmbedding", b.op("Transpose", tokens, perm=[0, 2, 1, 3]), *caches, name="rotary", interleaved=0))
+    return b.model()
+
+
+@cache
+def exported_encoder() -> onnx.ModelProto:
+    """The encoder of a tiny network of random weights, as this project exports it."""
+    import onnx_ir
+
+    from smc.compiler.checkpoint import random_weights
+    from smc.compiler.config import read_config_json
+    from smc.compiler.export import export_encoder
+    from tests.conformance import DATA
+
+    config = replace(read_config_json(DATA / "tiny_landscape.config.json"), enc_depth=2, dec_depth=4)
+    return onnx_ir.to_proto(export_encoder(random_weights(config, seed=0).build_model()))

@@ -113,11 +113,11 @@ def test_every_opset_static_and_dynamic_batch(opset: int, batch: int | str) -> N
     assert_same(model, graph, feeds(), feeds(2, 4, 1))
 
 
-def test_node_keeps_scale_softmax_in_float32_and_output() -> None:
+def test_node_keeps_scale_and_output() -> None:
     graph, _ = apply(attention(SPELLINGS["scale split between q and k"]), FlashMatch())
     (node,) = graph.nodes
     assert node.attrs["scale"] == pytest.approx(0.15)
-    assert node.attrs["softmax_precision"] == onnx.TensorProto.FLOAT
+    assert node.attrs.keys() == {"scale"}
     assert node.name == "weigh/attention"
     assert node.outputs[0] is graph.outputs[0]
     assert [tensor.name for tensor in node.inputs] == ["q", "k", "v"]

@@ -1,0 +1,433 @@
+"""Plans for TensorRT and TensorRT-RTX: one engine a stage, from typed graphs.
+
+Both libraries have one Python interface. TensorRT builds on the target GPU alone, and tunes by timing; TensorRT-RTX builds
+anywhere, for a compute capability by name, and compiles its kernels for good on the target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smc.compiler.backends.plan_job import PlanJob
+from smc.compiler.pipeline import Precision
+from smc.compiler.targets import Target
+from smc.exported.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Library, is_out_of_memory, make_log
+from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory
+from smc.exported.images import PATCH
+
+if TYPE_CHECKING:
+    from smc.exported.engines.cuda_memory import Device
+
+LAYERS = "layers.json"
+"""What was built, for `smc inspect`: an engine cannot be opened without its GPU."""
+
+Shape = tuple[int, ...]
+Range = tuple[Shape, Shape, Shape]
+"""The smallest, usual and largest shape of an input."""
+
+Profile = dict[str, Range]
+"""Input -> its range."""
+
+_SHARES = {"encoder": (0.0, 0.4), "decoder": (0.4, 1.0)}
+"""The part of the progress bar for each stage: the decoder has a quarter more weights and twice the nodes."""
+
+
+class _TensorRtBackend(ABC):
+    """What the two libraries share: parsing, building, progress, errors and the list of layers."""
+
+    PRECISIONS: Sequence[Precision] = ("hybrid", "fp16", "bf16", "fp32")
+
+    def __init__(self, library: Library) -> None:
+        self.NAME = library.name
+        self._library = library
+
+    @abstractmethod
+    def refusal(self, target: Target) -> str:
+        """Why plans for `target` cannot be built on this machine, or ""."""
+
+    @abstractmethod
+    def _configure(self, trt: Any, config: Any, job: PlanJob) -> None:
+        """Say what the engine is for, and how much memory it may use."""
+
+    @abstractmethod
+    def _profiles(self, inputs: Sequence[Any], stage: str, job: PlanJob) -> list[Profile]:
+        """The ranges of shapes that the engine is tuned for."""
+
+    def _keep_timings(self, trt: Any, config: Any, job: PlanJob) -> None:  # noqa: B027  # TensorRT-RTX takes none
+        """Keep what the build measured for later ones."""
+
+    def version(self) -> str:
+        return str(self._library.load().__version__)
+
+    def runs_here(self, target: Target) -> bool:
+        try:
+            return _find_device(target) is not None
+        except NoTarget:
+            return False
+
+    def write_plan(self, job: PlanJob) -> dict[str, str]:
+        """Build `encoder.engine` and `decoder.engine`, and write LAYERS beside them.
+
+        Raises:
+            NoTarget: the library, or for TensorRT the GPU, is not there.
+            BackendFailed: a graph cannot be parsed or built; the message names the node.
+            OutOfMemory: the build needs more memory.
+            OSError: the files cannot be written.
+        """
+        trt = self._library.load()
+        plan, layers = {}, {}
+        for stage in ("encoder", "decoder"):
+            engine, layers[stage] = self._build_stage(trt, stage, job)
+            plan[stage] = f"{stage}.engine"
+            (job.output / plan[stage]).write_bytes(engine)
+        (job.output / LAYERS).write_text(json.dumps(layers) + "\n")
+        return plan
+
+    def _build_stage(self, trt: Any, stage: str, job: PlanJob) -> tuple[Any, dict[str, Any]]:
+        """The serialised engine, and what LAYERS says of it."""
+        progress = _Progress(trt)
+        start, end = _SHARES[stage]
+        description = f"building the {stage} with {self._library.title} {trt.__version__}"
+        # In a thread of its own: the build does not return to Python for many seconds, and this thread must take signals.
+        with _standard_output_apart(), ThreadPoolExecutor(1) as thread:
+            build = thread.submit(self._build_engine, trt, stage, job, progress.monitor)
+            try:
+                job.report(description, start)
+                while build not in wait([build], timeout=0.2).done:
+                    job.report(description, start + (end - start) * progress.fraction)
+                return build.result()
+            except BaseException:
+                progress.cancelled = True
+                raise
+
+    def _build_engine(self, trt: Any, stage: str, job: PlanJob, monitor: Any) -> tuple[Any, dict[str, Any]]:
+        log = make_log(trt, job.verbose)
+        builder = trt.Builder(log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        self._parse(trt, job.graphs[stage], network, log)
+        _check_outputs(network, job.graphs[stage])
+        _allow_unfused_attention(trt, network)
+        config = builder.create_builder_config()
+        config.progress_monitor = monitor
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 in the graph means float32
+        self._configure(trt, config, job)
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        for profile in self._profiles(inputs, stage, job):
+            _add_profile(builder, config, profile)
+        log.errors.clear()
+        engine = builder.build_serialized_network(network, config)
+        if engine is None:
+            raise self._failure(f"{job.graphs[stage].name}: {self._library.title} could not build the engine", log.errors)
+        self._keep_timings(trt, config, job)
+        workspace = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
+        return engine, _describe(trt, network) | {"engine_bytes": engine.nbytes, "workspace_limit_bytes": workspace}
+
+    def _parse(self, trt: Any, graph: Path, network: Any, log: Any) -> None:
+        parser = trt.OnnxParser(network, log)
+        if parser.parse_from_file(str(graph)):
+            return
+        problems = [parser.get_error(i) for i in range(parser.num_errors)]
+        if not problems:
+            raise self._failure(f"{graph.name}: {self._library.title} could not read the graph", log.errors)
+        places = [_place(problem) for problem in problems]
+        more = f"; and {len(problems) - 1} more: {', '.join(places[1:4])}" if len(problems) > 1 else ""
+        why = _without_noise([problems[0].desc()]) or log.errors[:1]
+        raise self._failure(f"{graph.name}: {self._library.title} {trt.__version__} does not take {places[0]}", why, more)
+
+    def _failure(self, what: str, errors: Sequence[str], more: str = "") -> BackendFailed | OutOfMemory:
+        why = "; ".join(_without_noise(errors))[:800] or "no reason given"
+        if any(map(is_out_of_memory, errors)):
+            return OutOfMemory(f"{what}: {why}", fix="free memory, or build for fewer or smaller shapes, or a smaller --max-batch")
+        return BackendFailed(
+            f"{what}: {why}{more}", fix="--verbose prints its whole log, --dump-graphs DIR writes the graph after each pass"
+        )
+
+
+class _TensorRt(_TensorRtBackend):
+    """The full library, on the target GPU."""
+
+    def refusal(self, target: Target) -> str:
+        if target.sm is None:
+            return "runs on NVIDIA GPUs only"
+        needed = f"builds only on a machine with a GPU of sm {target.sm}, such as {target.title}"
+        try:
+            self._library.load()
+        except NoTarget as why:
+            return f"{needed}, after {why.fix}"
+        try:
+            return "" if _find_device(target) is not None else f"{needed}, which this one has not"
+        except NoTarget as why:
+            return f"{needed}; here: {why}"
+
+    def _configure(self, trt: Any, config: Any, job: PlanJob) -> None:
+        from smc.exported.engines import cuda_memory
+
+        cuda_memory.use_device(_require_device(job.target).index)
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, cuda_memory.free_memory() * 3 // 4)  # the rest is for weights
+        config.builder_optimization_level = 5  # times every tactic
+        try:
+            timings = _timing_cache(trt, job).read_bytes()
+        except FileNotFoundError:
+            timings = b""
+        # TensorRT leaves aside what is damaged or was measured on another device.
+        if not config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False):
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+    def _keep_timings(self, trt: Any, config: Any, job: PlanJob) -> None:
+        path = _timing_cache(trt, job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own until it is whole: builds of other targets may be running.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            file.write(config.get_timing_cache().serialize())
+        os.replace(file.name, path)
+
+    def _profiles(self, inputs: Sequence[Any], stage: str, job: PlanJob) -> list[Profile]:
+        profiles = [_profile(inputs, stage, [shape], job.max_batch) for shape in job.shapes]
+        if stage == "decoder" and len(job.shapes) > 1:
+            profiles.append(_profile(inputs, stage, job.shapes, job.max_batch))  # for pairs of two shapes
+        return profiles
+
+
+class _TensorRtRtx(_TensorRtBackend):
+    """The library that builds without a GPU."""
+
+    def refusal(self, target: Target) -> str:
+        if target.sm is None:
+            return "runs on NVIDIA GPUs only"
+        try:
+            trt = self._library.load()
+        except NoTarget as why:
+            return f"{why}; {why.fix}"
+        if _compute_capability(trt, target) is None:
+            return f"{self._library.title} does not run on sm {target.sm}"
+        return ""
+
+    def _configure(self, trt: Any, config: Any, job: PlanJob) -> None:
+        assert job.target.memory_gib is not None
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(_compute_capability(trt, job.target), 0)
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.target.memory_gib * 2**30 * 3 // 4)
+
+    def _profiles(self, inputs: Sequence[Any], stage: str, job: PlanJob) -> list[Profile]:
+        # One is enough: kernels are specialised for each shape when it is first met.
+        return [_profile(inputs, stage, job.shapes, job.max_batch)]
+
+
+full = _TensorRt(TENSORRT)
+rtx = _TensorRtRtx(TENSORRT_RTX)
+
+
+def _find_device(target: Target) -> Device | None:
+    """The first GPU of this machine that plans for `target` run on. Raises NoTarget where there is no GPU at all."""
+    from smc.exported.engines import cuda_memory
+
+    return next((device for device in cuda_memory.devices() if device.sm == target.sm), None)
+
+
+def _require_device(target: Target) -> Device:
+    device = _find_device(target)
+    if device is None:
+        raise NoTarget(f"this machine has no GPU of sm {target.sm}", fix="smc targets shows what can be built here")
+    return device
+
+
+def _compute_capability(trt: Any, target: Target) -> Any:
+    """The library's name for the target's compute capability, or None if it has none."""
+    return trt.ComputeCapability.__members__.get(f"SM{target.sm}".replace(".", ""))
+
+
+def _timing_cache(trt: Any, job: PlanJob) -> Path:
+    """Where the measured times are kept: they hold for one kind of GPU, driver and library."""
+    from smc.exported.engines import cuda_memory
+
+    device = _require_device(job.target)
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", device.name)
+    driver = ".".join(map(str, cuda_memory.driver_version()))
+    return job.cache / f"{gpu}-sm{device.sm}-driver{driver}-tensorrt{trt.__version__}.timing"
+
+
+def _profile(inputs: Sequence[Any], stage: str, shapes: Sequence[tuple[int, int]], max_batch: int) -> Profile:
+    """The ranges that take every one of `shapes`, (H, W) of images, with the first as the usual one.
+
+    Dimensions that are static in the graph stay as they are. Raises BackendFailed where a static size is none of `shapes`.
+    """
+    heights, widths = zip(*shapes, strict=True)
+    sizes = ((min(heights), min(widths)), shapes[0], (max(heights), max(widths)))
+    # The encoder takes both images of a pair at once.
+    batches = (1, 2, 2 * max_batch) if stage == "encoder" else (1, 1, max_batch)
+    profile = {}
+    for tensor in inputs:
+        wanted = [_input_shape(tensor, stage, batch, *size) for batch, size in zip(batches, sizes, strict=True)]
+        fixed = tuple(tensor.shape)
+        if any(own not in (-1, size) for shape in wanted for own, size in zip(fixed[1:], shape[1:], strict=True)):
+            raise BackendFailed(
+                f"{stage}: the graph's input {tensor.name} is fixed at {_sizes(fixed)}, and the plan is to take {_sizes(wanted[0])} "
+                f"to {_sizes(wanted[2])}",
+                fix="export it with dynamic dimensions, or give --shape for the fixed size alone",
+            )
+        low, usual, high = (tuple(size if own == -1 else own for own, size in zip(fixed, shape, strict=True)) for shape in wanted)
+        profile[tensor.name] = (low, usual, high)
+    return profile
+
+
+def _input_shape(tensor: Any, stage: str, batch: int, height: int, width: int) -> Shape:
+    """The shape of an input for images of (height, width)."""
+    if stage == "decoder":
+        return batch, height // PATCH, width // PATCH, tensor.shape[-1]
+    if tensor.dtype.name == "UINT8":
+        return batch, height, width, 3
+    return batch, 3, height, width
+
+
+def _sizes(shape: Shape) -> str:
+    return "x".join("?" if size == -1 else str(size) for size in shape)
+
+
+def _add_profile(builder: Any, config: Any, profile: Profile) -> None:
+    ranges = builder.create_optimization_profile()
+    for name, (low, usual, high) in profile.items():
+        ranges.set_shape(name, low, usual, high)
+    config.add_optimization_profile(ranges)
+
+
+def _allow_unfused_attention(trt: Any, network: Any) -> None:
+    """Let TensorRT spell out an attention that it has no single kernel for, such as every one in float32: it would refuse to build."""
+    for layer in _layers(network):
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # networks give out layers by their base class
+            layer.attention.decomposable = True
+
+
+def _check_outputs(network: Any, graph: Path) -> None:
+    """Raise BackendFailed for an output that the runtime could not hand on: NumPy has no bfloat16."""
+    for tensor in (network.get_output(i) for i in range(network.num_outputs)):
+        if _type_name(tensor) not in ("float32", "float16"):
+            raise BackendFailed(f"{graph.name}: its output {tensor.name} is {_type_name(tensor)}; float32 or float16 was expected")
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(i) for i in range(network.num_layers))
+
+
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+
+
+def _describe(trt: Any, network: Any) -> dict[str, Any]:
+    """The network's layers, how many there are of each type and precision, and the bytes of its weights."""
+    layers, totals, weights = [], Counter[tuple[str, str]](), 0
+    for layer in _layers(network):
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        kind, precision = layer.type.name.lower(), _type_name(outputs[0])
+        totals[kind, precision] += 1
+        weights += _weight_bytes(trt, layer)
+        layers.append(
+            {
+                "name": layer.name,
+                "type": kind,
+                "outputs": [
+                    {"type": _type_name(tensor), "shape": [None if size == -1 else size for size in tensor.shape]} for tensor in outputs
+                ],
+            }
+        )
+    counts = [{"type": kind, "precision": precision, "layers": count} for (kind, precision), count in totals.most_common()]
+    return {"layers": layers, "totals": counts, "weight_bytes": weights}
+
+
+def _type_name(tensor: Any) -> str:
+    return _TYPES.get(tensor.dtype.name, tensor.dtype.name.lower())
+
+
+def _weight_bytes(trt: Any, layer: Any) -> int:
+    if layer.type == trt.LayerType.CONSTANT:
+        output = layer.get_output(0)
+        return int(math.prod(output.shape) * output.dtype.itemsize)
+    owners = {trt.LayerType.CONVOLUTION: trt.IConvolutionLayer, trt.LayerType.DECONVOLUTION: trt.IDeconvolutionLayer}
+    if layer.type not in owners:
+        return 0
+    layer.__class__ = owners[layer.type]
+    return sum(value.nbytes for value in (layer.kernel, layer.bias) if value is not None)
+
+
+def _place(problem: Any) -> str:
+    """The ONNX node that a parser's error is about, with the local functions that it is in."""
+    inside = "".join(f", in {function}" for function in problem.local_function_stack())
+    return f"node {problem.node_name() or problem.node()} ({problem.node_operator()}){inside}"
+
+
+def _without_noise(messages: Sequence[str]) -> list[str]:
+    """Error messages without places in TensorRT's own sources, and without its complaints that there is no driver."""
+    lines = [line for message in messages for line in message.splitlines() if "catchCudaError" not in line]
+    return [re.sub(r" In \w+(\(\))? at /[^)\s]*", "", line) for line in lines if not line.startswith("Invalid Node - ")]
+
+
+class _Progress:
+    """How far a build is, and the way to stop it."""
+
+    def __init__(self, trt: Any) -> None:
+        self.fraction = 0.0
+        self.cancelled = False
+        self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> phase around it, steps, steps done
+        self._lock = threading.Lock()  # TensorRT calls from several threads
+        self.monitor = _make_monitor(trt, self)
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        with self._lock:
+            self._phases[name] = parent, steps, 0
+
+    def step(self, name: str, step: int) -> None:
+        with self._lock:
+            around, steps, _ = self._phases[name]
+            self._phases[name] = around, steps, step + 1
+            done, within = 0.0, name
+            while (phase := self._phases.get(within)) is not None:
+                around, steps, finished = phase
+                done, within = min((finished + done) / steps, 1.0), around or ""
+            self.fraction = max(self.fraction, done)  # phases may end early, and come again
+
+    def finish(self, name: str) -> None:
+        with self._lock:
+            self._phases.pop(name, None)
+
+
+def _make_monitor(trt: Any, progress: _Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base comes with the library
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            progress.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress.step(phase_name, step)
+            return not progress.cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            progress.finish(phase_name)
+
+    return Monitor()
+
+
+@contextlib.contextmanager
+def _standard_output_apart() -> Iterator[None]:
+    """Send what TensorRT's compiler prints to C's standard output to stderr: standard output is for results."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -1,0 +1,39 @@
+"""Typed graphs as an engine: what stands in for a GPU's engine where that cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from smc.compiler.graph_runner import GraphRunner, emulated
+from smc.exported.engines import Maps
+from smc.exported.images import to_bytes, to_unit_range
+
+
+class GraphEngine:
+    """Encoder and decoder graphs in ONNX Runtime on the CPU, every operation rounded to its tensors' types.
+
+    Implements `smc.exported.engines.Engine`.
+    """
+
+    def __init__(self, graphs: Mapping[str, gs.Graph]) -> None:
+        self._image = graphs["encoder"].inputs[0]
+        self._features = [tensor.name for tensor in graphs["decoder"].inputs]
+        self._encoder = GraphRunner(emulated(graphs["encoder"]))
+        self._decoder = GraphRunner(emulated(graphs["decoder"]))
+
+    def encode(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[Any]:
+        pixels: NDArray[Any] = images
+        if self._image.dtype == np.uint8 and images.dtype != np.uint8:
+            pixels = to_bytes(images)  # type: ignore[arg-type]
+        elif self._image.dtype != np.uint8 and images.dtype == np.uint8:
+            pixels = to_unit_range(images)  # type: ignore[arg-type]
+        (features,) = self._encoder.run({self._image.name: pixels}).values()
+        return features
+
+    def decode(self, features1: NDArray[Any], features2: NDArray[Any]) -> Maps:
+        return self._decoder.run(dict(zip(self._features, (features1, features2), strict=True)))

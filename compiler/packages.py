@@ -1,0 +1,29 @@
+"""Packages that a task needs and that the plain installation does not bring."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+from smc.exported.errors import NoTarget
+
+DISTRIBUTIONS = {"onnx_graphsurgeon": "onnx-graphsurgeon", "tensorrt_rtx": "tensorrt-rtx-cu13", "cuda.bindings": "cuda-bindings"}
+"""Names to install, where they differ from the names to import."""
+
+
+def missing_packages(names: Iterable[str]) -> list[str]:
+    """Those of the importable `names` that are not installed, as names to install."""
+    return [DISTRIBUTIONS.get(name, name) for name in names if not _is_installed(name)]
+
+
+def require_packages(purpose: str, names: Iterable[str]) -> None:
+    """Raise NoTarget, saying what to install, unless all are installed."""
+    if missing := missing_packages(names):
+        raise NoTarget(f"{purpose} needs {', '.join(missing)}, which is not installed", fix=f"pip install {' '.join(missing)}")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False

@@ -1,0 +1,116 @@
+"""Which passes run for which backend, in which order and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_graphsurgeon as gs
+
+from smc.exported.images import PATCH
+from smc.passes.base import Pass
+from smc.passes.bytes_input import BytesInput
+from smc.passes.cancel_layout import CancelLayout
+from smc.passes.common_subexpressions import CommonSubexpressions
+from smc.passes.fix_shapes import FixShapes
+from smc.passes.flash_match import FlashMatch
+from smc.passes.fold_constants import FoldConstants
+from smc.passes.fold_permutation import FoldPermutation
+from smc.passes.merge_projections import MergeProjections
+from smc.passes.rotary_fusion import RotaryFusion
+from smc.passes.rotary_tables import RotaryTables
+from smc.passes.tensors import Dim
+
+
+@dataclass(frozen=True)
+class PipelineTask:
+    """What a stage's graph is to become.
+
+    Attributes:
+        stage: "encoder" or "decoder".
+        shapes: (H, W) input shapes that the plan takes.
+        max_batch: pairs at once.
+        precision: "fp32", "hybrid", "fp16" or "bf16".
+        include, exclude: patterns of names of nodes, for HybridCast.
+    """
+
+    stage: str
+    shapes: Sequence[tuple[int, int]]
+    max_batch: int
+    precision: Precision
+    include: Sequence[str]
+    exclude: Sequence[str]
+
+
+Precision = Literal["fp32", "hybrid", "fp16", "bf16"]
+
+Dims = Mapping[str, int]
+"""Sizes of dynamic dimensions of a graph's inputs that are the same for every input of the plan."""
+
+
+def onnxruntime_passes(task: PipelineTask, dims: Dims) -> list[Pass]:
+    # The plan is the float32 oracle as well, and ONNX Runtime fuses attention for itself: FlashMatch was measured to gain
+    # nothing on CPUs.
+    return []
+
+
+def tensorrt_passes(task: PipelineTask, dims: Dims) -> list[Pass]:
+    rows, cols = (max(shape[axis] for shape in task.shapes) // PATCH for axis in (0, 1))
+    return [
+        FlashMatch(),
+        # Reads the operands of the Attention nodes that FlashMatch made.
+        RotaryFusion(),
+        # Only once a rotation is one node can its permutation of channels move into the projections' weights.
+        FoldPermutation(),
+        # Sizes that every input shares become static, and with them the shape arithmetic constant.
+        FixShapes(dims),
+        # Before the three that read constants: bounds of slices, tables, biases.
+        FoldConstants(),
+        # With several input shapes the tables of rotations are still computed: they become slices of constant ones.
+        *([RotaryTables(rows, cols)] if len(task.shapes) > 1 else []),
+        # May leave equal nodes, which the next one merges.
+        CancelLayout(),
+        # Before MergeProjections: equal products are to be merged, not to be made one of twice the width.
+        CommonSubexpressions(),
+        MergeProjections(),
+        # Last: it changes what the graph takes. The normalisation must be in the weights before HybridCast rounds them.
+        *([BytesInput()] if task.stage == "encoder" else []),
+    ]
+
+
+Pipeline = Callable[[PipelineTask, Dims], list[Pass]]
+
+PIPELINES: dict[str, Pipeline] = {
+    "onnxruntime": onnxruntime_passes,
+    "tensorrt": tensorrt_passes,
+    "tensorrt-rtx": tensorrt_passes,
+}
+
+
+def fixed_dims(graph: gs.Graph, task: PipelineTask) -> Dims:
+    """The grid, where the plan takes one input shape, and the batch, where it takes one pair."""
+    dims: dict[str, int] = {}
+
+    def fix(size: Dim, value: int) -> None:
+        if isinstance(size, str) and (match := re.fullmatch(r"(?:(\d+)\*)?(\w+)", size)):
+            dims[match[2]] = value // int(match[1] or 1)
+
+    shapes = [tensor.shape for tensor in graph.inputs]
+    if task.stage == "decoder" and task.max_batch == 1:  # the encoder takes both images of a pair at once
+        for shape in shapes:
+            fix(shape[0], 1)
+    if len(task.shapes) == 1:
+        height, width = task.shapes[0]
+        rows, cols = height // PATCH, width // PATCH
+        for shape in shapes:
+            if task.stage == "encoder":
+                fix(shape[2], height)
+                fix(shape[3], width)
+            elif len(shape) == 4:
+                fix(shape[1], rows)
+                fix(shape[2], cols)
+            elif len(shape) == 3:  # tokens in a row, as some exporters leave them
+                fix(shape[1], rows * cols)
+    return dims

@@ -1,0 +1,171 @@
+"""What a build starts from: a checkpoint's torch model, or ONNX files that somebody exported. Both give graphs and a reference."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from smc.compiler import verify
+from smc.exported.errors import BadInput
+from smc.exported.images import PATCH
+from smc.exported.manifest import ModelInfo
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from smc.compiler.checkpoint import Weights
+
+STAGES = ("encoder", "decoder")
+MAPS = tuple(f"{name}{view}" for view in (1, 2) for name in ("pts3d", "conf", "desc", "desc_conf"))
+"""The decoder's outputs, in order."""
+
+Report = Callable[[str, float], None]
+
+
+class Source(Protocol):
+    """A model to compile.
+
+    Attributes:
+        info: what the manifest says of it.
+        reference: what `run` is, for reports.
+        fixed_shape: the one (H, W) input shape that the graphs take, None if they take any.
+    """
+
+    info: ModelInfo
+    reference: str
+    fixed_shape: tuple[int, int] | None
+
+    def export(self, report: Report) -> dict[str, ir.Model]:
+        """The float32 graphs of the stages; their weights may share memory with the source."""
+
+    def run(self, pair: verify.SamplePair) -> verify.Outputs:
+        """Features and maps of a pair in float32, by the source's own means."""
+
+    def close(self) -> None:
+        """Let go of the weights."""
+
+
+class CheckpointSource:
+    """Weights of a checkpoint, or random ones, in the torch model."""
+
+    fixed_shape: tuple[int, int] | None = None
+
+    def __init__(self, weights: Weights) -> None:
+        import torch
+
+        self._model = weights.build_model()
+        self.reference = f"torch {torch.__version__} in float32"
+        self.info = ModelInfo(
+            source=weights.source.encode(errors="replace").decode(),  # a file's name need not be Unicode, a manifest is
+            checkpoint_sha256=weights.sha256,
+            parameters=sum(p.numel() for p in self._model.parameters()),
+            config=weights.config.to_json(),
+        )
+
+    def export(self, report: Report) -> dict[str, ir.Model]:
+        from smc.compiler.export import export_decoder, export_encoder
+
+        report("exporting the encoder", 0.0)
+        encoder = export_encoder(self._model)
+        report("exporting the decoder", 0.4)
+        return {"encoder": encoder, "decoder": export_decoder(self._model)}
+
+    def run(self, pair: verify.SamplePair) -> verify.Outputs:
+        import torch
+
+        with torch.inference_mode():
+            features1, features2 = (self._model.encode(torch.from_numpy(view)) for view in (pair.view1, pair.view2))
+            maps = self._model.decode(features1, features2)
+        named = {"features1": features1, "features2": features2, **maps}
+        return {name: np.ascontiguousarray(value[0].numpy()) for name, value in named.items()}
+
+    def close(self) -> None:
+        del self._model
+
+
+class OnnxSource:
+    """An encoder and a decoder that somebody exported.
+
+    The encoder takes one float32 image (batch, 3, H, W) in [-1, 1] and returns features of any shape; the decoder takes the
+    features of two images and returns the maps of `MAPS`, batch first, under these names.
+    """
+
+    def __init__(self, encoder: Path, decoder: Path) -> None:
+        """Read and check both files. Raises InputMissing, BadInput."""
+        from smc.compiler.graph_files import parameter_count, read_onnx
+
+        self._models = {"encoder": read_onnx(encoder), "decoder": read_onnx(decoder)}
+        _check_interface(encoder, self._models["encoder"], inputs=1, outputs=None)
+        _check_interface(decoder, self._models["decoder"], inputs=2, outputs=MAPS)
+        self.reference = "the ONNX files in ONNX Runtime, not optimised"
+        rows, cols = _image_input(self._models["encoder"]).shape[2:]
+        self.fixed_shape = (rows, cols) if isinstance(rows, int) and isinstance(cols, int) else None
+        self.info = ModelInfo(
+            source=" and ".join(path.name.encode(errors="replace").decode() for path in (encoder, decoder)),
+            checkpoint_sha256=_digest(self._models),
+            parameters=sum(map(parameter_count, self._models.values())),
+            config={},
+        )
+
+    def export(self, report: Report) -> dict[str, ir.Model]:
+        return dict(self._models)
+
+    def run(self, pair: verify.SamplePair) -> verify.Outputs:
+        from smc.compiler.graph_files import import_graph
+        from smc.compiler.graph_runner import GraphRunner
+
+        encoder, decoder = (import_graph(self._models[stage]) for stage in STAGES)
+        image = encoder.inputs[0].name
+        runner = GraphRunner(encoder)
+        features = [next(iter(runner.run({image: view}).values())) for view in (pair.view1, pair.view2)]
+        del runner
+        maps = GraphRunner(decoder).run(dict(zip([value.name for value in decoder.inputs], features, strict=True)))
+        named = {"features1": features[0], "features2": features[1], **maps}
+        return {name: np.asarray(value)[0] for name, value in named.items()}
+
+    def close(self) -> None:
+        del self._models
+
+
+def _image_input(encoder: ir.Model) -> Any:
+    return next(value for value in encoder.graph.inputs if value.name not in encoder.graph.initializers)
+
+
+def _check_interface(path: Path, model: ir.Model, inputs: int, outputs: tuple[str, ...] | None) -> None:
+    weights = model.graph.initializers.keys()
+    taken = [value for value in model.graph.inputs if value.name not in weights]
+    if len(taken) != inputs:
+        names = ", ".join(str(value.name) for value in taken)
+        wanted = "one image" if inputs == 1 else "the features of two images"
+        raise BadInput(f"{path}: it takes {len(taken)} inputs ({names}), {wanted} was expected")
+    for value in taken:
+        if str(value.dtype) != "FLOAT":
+            raise BadInput(f"{path}: its input {value.name} is {value.dtype}, float32 was expected")
+    if inputs == 1:
+        shape: list[Any] = list(taken[0].shape) if taken[0].shape is not None else []
+        if len(shape) != 4 or (isinstance(shape[1], int) and shape[1] != 3):
+            raise BadInput(f"{path}: its input {taken[0].name} has the shape {shape}, (batch, 3, height, width) was expected")
+        if any(isinstance(size, int) and size % PATCH for size in shape[2:]):
+            raise BadInput(f"{path}: its input is {shape[3]}x{shape[2]}, multiples of {PATCH} were expected")
+    made = [str(value.name) for value in model.graph.outputs]
+    if outputs is None and len(made) != 1:
+        raise BadInput(f"{path}: it returns {len(made)} outputs ({', '.join(made)}), the features alone were expected")
+    if outputs is not None and set(made) != set(outputs):
+        raise BadInput(f"{path}: its outputs are {', '.join(made)}; exactly {', '.join(outputs)} were expected")
+
+
+def _digest(models: dict[str, ir.Model]) -> str:
+    """A hash over both graphs and all their weights."""
+    import onnx_ir as ir
+
+    digest = hashlib.sha256()
+    for model in models.values():
+        digest.update(ir.to_proto(model).SerializeToString(deterministic=True))
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):  # the others are in the graph
+                digest.update(value.const_value.numpy().data)
+    return digest.hexdigest()

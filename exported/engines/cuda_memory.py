@@ -1,0 +1,254 @@
+"""CUDA without torch: devices, streams, device memory, page-locked host memory and captured graphs.
+
+A thin layer over the runtime API of cuda-bindings, one object a handle. The current device belongs to the thread: every thread
+calls `use_device` before anything else here. Memory comes from pools that keep blocks, since allocating and freeing stop the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory, SmcError
+
+try:
+    from cuda.bindings import runtime as cudart
+except ImportError as error:
+    raise NoTarget(f"NVIDIA GPUs need cuda-bindings, which cannot be imported ({error})", fix="pip install cuda-bindings") from error
+
+_Status = cudart.cudaError_t
+
+_NO_DEVICE = {
+    _Status.cudaErrorNoDevice,
+    _Status.cudaErrorInsufficientDriver,
+    _Status.cudaErrorInitializationError,
+    _Status.cudaErrorSystemDriverMismatch,
+    _Status.cudaErrorSystemNotReady,
+    _Status.cudaErrorDevicesUnavailable,
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU of this machine: its number, the vendor's name, compute capability such as "8.6", and memory."""
+
+    index: int
+    name: str
+    sm: str
+    total_bytes: int
+
+
+def driver_version() -> tuple[int, int]:
+    """The newest CUDA (major, minor) that this machine's driver supports. Raises NoTarget without a driver."""
+    version = _check(cudart.cudaDriverGetVersion(), "asking for the driver's version")
+    if version == 0:
+        raise NoTarget("this machine has no NVIDIA driver", fix="install NVIDIA's driver, or use a bundle for CPUs")
+    return version // 1000, version % 1000 // 10
+
+
+def runtime_version() -> tuple[int, int]:
+    """The CUDA (major, minor) that cuda-bindings was built for."""
+    version = _check(cudart.cudaRuntimeGetVersion(), "asking for CUDA's version")
+    return version // 1000, version % 1000 // 10
+
+
+def devices() -> list[Device]:
+    """The GPUs that this process may use, at least one. Raises NoTarget where there is none, or no driver for them."""
+    driver_version()
+    found = []
+    for index in range(_check(cudart.cudaGetDeviceCount(), "looking for GPUs")):
+        properties = _check(cudart.cudaGetDeviceProperties(index), f"asking for the properties of GPU {index}")
+        name = properties.name.split(b"\0")[0].decode(errors="replace")
+        found.append(Device(index, name, f"{properties.major}.{properties.minor}", properties.totalGlobalMem))
+    return found
+
+
+def use_device(index: int) -> None:
+    """Make a GPU the one that this thread's calls are for."""
+    _check(cudart.cudaSetDevice(index), f"choosing GPU {index}")
+
+
+def free_memory() -> int:
+    """Bytes that are free on the thread's GPU."""
+    free, _ = _check(cudart.cudaMemGetInfo(), "asking for free memory")
+    return int(free)
+
+
+class Stream:
+    """A queue of work on the GPU, independent of the default one."""
+
+    def __init__(self) -> None:
+        stream = _check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking), "making a stream")
+        self.handle = int(stream)
+        weakref.finalize(self, cudart.cudaStreamDestroy, stream).atexit = False
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        """Queue a copy between any two of host and device addresses."""
+        _check(cudart.cudaMemcpyAsync(to, source, nbytes, cudart.cudaMemcpyKind.cudaMemcpyDefault, self.handle), "copying")
+
+    def synchronize(self) -> None:
+        """Wait until everything queued is done. Raises BackendFailed if some of it failed."""
+        _check(cudart.cudaStreamSynchronize(self.handle), "running on the GPU")
+
+
+class Graph:
+    """Work captured from a stream, launched as a whole with one call."""
+
+    def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
+        """Capture what `enqueue` queues on `stream`; nothing of it runs.
+
+        Raises:
+            BackendFailed: it queued what cannot be captured.
+        """
+        # Other threads go on allocating meanwhile: only this one's calls may spoil the capture.
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        _check(cudart.cudaStreamBeginCapture(stream.handle, mode), "beginning a capture")
+        try:
+            enqueue()
+        finally:
+            ended = cudart.cudaStreamEndCapture(stream.handle)  # also after a failure: the stream would stay in capture
+        captured = _check(ended, "ending a capture")
+        graph = _check(cudart.cudaGraphInstantiate(captured, 0), "making a captured graph runnable")
+        _check(cudart.cudaGraphDestroy(captured), "freeing a captured graph")
+        self._graph = graph
+        weakref.finalize(self, cudart.cudaGraphExecDestroy, graph).atexit = False
+
+    def launch(self, stream: Stream) -> None:
+        _check(cudart.cudaGraphLaunch(self._graph, stream.handle), "launching a captured graph")
+
+
+class Block:
+    """A piece of a pool's memory, which goes back to the pool with this object."""
+
+    def __init__(self, pool: MemoryPool, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+        weakref.finalize(self, pool._put_back, address, nbytes).atexit = False
+
+
+class MemoryPool:
+    """Memory in blocks that are kept for the next request of the same size: a plan asks for a few sizes, over and over.
+
+    A block must have no work pending when it is let go, since the next user may be on another stream.
+    """
+
+    def __init__(self, name: str, allocate: Callable[[int], tuple[Any, ...]], free: Callable[[int], object]) -> None:
+        self._name, self._allocate, self._free = name, allocate, free
+        self._idle: dict[int, list[int]] = {}  # size -> addresses
+        self._lock = threading.RLock()  # a block may be collected, and put back, inside `take`
+        weakref.finalize(self, _free_all, self._idle, free).atexit = False
+
+    def take(self, nbytes: int) -> Block:
+        """A block of at least 256-byte alignment.
+
+        Raises:
+            OutOfMemory: so much is not there.
+        """
+        with self._lock:
+            addresses = self._idle.get(nbytes)
+            address = addresses.pop() if addresses else self._new(nbytes)
+        return Block(self, address, nbytes)
+
+    def release(self) -> None:
+        """Free what is kept and not in use."""
+        with self._lock:
+            _free_all(self._idle, self._free)
+
+    def _new(self, nbytes: int) -> int:
+        status, address = self._allocate(nbytes)
+        if status == _Status.cudaErrorMemoryAllocation:
+            self.release()
+            status, address = self._allocate(nbytes)
+        _check((status,), f"allocating {self._name}", nbytes)
+        return int(address)
+
+    def _put_back(self, address: int, nbytes: int) -> None:
+        with self._lock:
+            self._idle.setdefault(nbytes, []).append(address)
+
+
+def device_pool() -> MemoryPool:
+    """A pool of memory on the GPU."""
+    return MemoryPool("GPU memory", cudart.cudaMalloc, cudart.cudaFree)
+
+
+def pinned_pool() -> MemoryPool:
+    """A pool of page-locked host memory, which the GPU copies to and from at full speed."""
+    return MemoryPool("page-locked memory", lambda nbytes: cudart.cudaHostAlloc(nbytes, cudart.cudaHostAllocDefault), cudart.cudaFreeHost)
+
+
+class DeviceArray:
+    """An array on the GPU, contiguous, whose memory is freed with it.
+
+    CuPy, torch and others read it in place (`__cuda_array_interface__`); `numpy.asarray` copies it to the host.
+    """
+
+    def __init__(self, pool: MemoryPool, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.nbytes = math.prod(shape) * self.dtype.itemsize
+        self._block = pool.take(self.nbytes)
+
+    @property
+    def address(self) -> int:
+        return self._block.address
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),
+            "strides": None,
+            "stream": None,
+            "version": 3,
+        }
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("an array on the GPU cannot be read from the host without a copy")
+        host = np.empty(self.shape, self.dtype)
+        _check(cudart.cudaMemcpy(host.ctypes.data, self.address, self.nbytes, cudart.cudaMemcpyKind.cudaMemcpyDefault), "copying")
+        return host.astype(self.dtype if dtype is None else dtype, copy=False)
+
+
+def pinned_array(pool: MemoryPool, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An array in page-locked memory, not initialised. The memory returns to `pool` with the last view of it."""
+    return np.asarray(_PinnedView(pool.take(math.prod(shape) * np.dtype(dtype).itemsize), shape, np.dtype(dtype)))
+
+
+class _PinnedView:
+    """What numpy keeps as the base of an array in a block."""
+
+    def __init__(self, block: Block, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.block = block
+        self.__array_interface__ = {"shape": shape, "typestr": dtype.str, "data": (block.address, False), "version": 3}
+
+
+def _free_all(idle: dict[int, list[int]], free: Callable[[int], object]) -> None:
+    for addresses in idle.values():
+        while addresses:
+            free(addresses.pop())
+
+
+def _check(result: tuple[Any, ...], doing: str, needed: int = 0) -> Any:
+    """The values of a call: None, the one, or a tuple. Raises what its status means."""
+    status, *values = result
+    if status != _Status.cudaSuccess:
+        raise _translated(status, doing, needed)
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _translated(status: Any, doing: str, needed: int) -> SmcError:
+    text = f"{doing}: {cudart.cudaGetErrorString(status)[1].decode()} ({status.name})"
+    if status == _Status.cudaErrorMemoryAllocation:
+        sizes = f"; {needed:,} bytes are needed, {free_memory():,} are free on the GPU" if needed else ""
+        return OutOfMemory(text + sizes, fix="free GPU memory, or use smaller images or batches")
+    if status in _NO_DEVICE:
+        return NoTarget(text, fix="smc doctor shows what this machine has")
+    return BackendFailed(text)

@@ -1,0 +1,330 @@
+"""TensorRT-RTX builds here without a GPU. What only the full TensorRT does is tested with made-up devices and libraries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from smc.compiler.backends import choose_backend
+from smc.compiler.backends import tensorrt as module
+from smc.compiler.backends.plan_job import PlanJob
+from smc.compiler.backends.tensorrt import LAYERS, full, rtx
+from smc.compiler.targets import TARGETS
+from smc.exported.engines.tensorrt_library import TENSORRT, Library
+from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory
+from tests.passes.graphs import Builder, weights
+
+trt = pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx-cu13")
+
+
+A40, T4, H200, CPU = (TARGETS[name] for name in ("a40", "t4", "h200", "cpu"))
+SHAPES = ((64, 96), (96, 64))
+HALF, FLOAT, BFLOAT16 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BFLOAT16
+
+
+def encoder(dtype: int = FLOAT, size: tuple[int | str, int | str] = ("16*rows", "16*cols")) -> onnx.ModelProto:
+    """Bytes -> patches, (batch, H, W, 3) -> (batch, H / 16, W / 16, 8)."""
+    build = Builder()
+    image = build.input("image", ["batch", *size, 3], np.uint8)
+    pixels = build.op("Transpose", build.op("Cast", image, to=FLOAT), perm=[0, 3, 1, 2])
+    patches = build.op("Conv", pixels, weights(8, 3, 16, 16), strides=[16, 16], name="patches")
+    features = build.op("Cast", build.op("Transpose", patches, perm=[0, 2, 3, 1]), to=dtype, name="last")
+    build.outputs.append(helper.make_tensor_value_info(features, dtype, None))
+    return build.model()
+
+
+def decoder(middle: Callable[[Builder, str], str] = lambda build, tensor: tensor) -> onnx.ModelProto:
+    """Two views' features, (batch, rows, cols, 8), summed over their grids; `middle` works on the first's."""
+    build = Builder()
+    first, second = (build.input(f"features{view}", ["batch", f"rows{view}", f"cols{view}", 8]) for view in "12")
+    sums = [build.op("ReduceSum", tensor, np.array([1, 2])) for tensor in (middle(build, first), second)]
+    build.output(build.op("Add", *sums))
+    return build.model()
+
+
+def attention(build: Builder, tensor: str, **attrs: Any) -> str:
+    tokens = build.op("Reshape", tensor, np.array([0, 1, -1, 8]))
+    operands = [build.op("MatMul", tokens, weights(8, 8, seed=seed)) for seed in range(3)]
+    return build.op("Attention", *operands, scale=0.5, name="attend", **attrs)
+
+
+def job(directory: Path, first: onnx.ModelProto, second: onnx.ModelProto, **changes: Any) -> PlanJob:
+    graphs = {"encoder": directory / "encoder.onnx", "decoder": directory / "decoder.onnx"}
+    for path, model in zip(graphs.values(), (first, second), strict=True):
+        onnx.save(model, path)
+    output = directory / "plan"
+    output.mkdir()
+    fields = {"graphs": graphs, "target": A40, "shapes": SHAPES, "max_batch": 1, "output": output, "cache": directory / "cache"}
+    return PlanJob(**(fields | changes))
+
+
+def test_writes_both_engines_and_their_layers(tmp_path: Path) -> None:
+    reports: list[tuple[str, float]] = []
+    asked = job(tmp_path, encoder(HALF), decoder(), report=lambda what, fraction: reports.append((what, fraction)))
+    assert rtx.write_plan(asked) == {"encoder": "encoder.engine", "decoder": "decoder.engine"}
+    assert {path.name for path in asked.output.iterdir()} == {"encoder.engine", "decoder.engine", LAYERS}
+
+    layers = json.loads((asked.output / LAYERS).read_text())
+    assert layers["encoder"]["engine_bytes"] == (asked.output / "encoder.engine").stat().st_size
+    assert layers["encoder"]["weight_bytes"] == 8 * 3 * 16 * 16 * 4
+    assert layers["encoder"]["workspace_limit_bytes"] == 36 * 2**30
+    assert {"type": "convolution", "precision": "float32", "layers": 1} in layers["encoder"]["totals"]
+    (last,) = (layer for layer in layers["encoder"]["layers"] if layer["name"] == "last")
+    assert last == {"name": "last", "type": "cast", "outputs": [{"type": "float16", "shape": [None, None, None, 8]}]}
+
+    fractions = [fraction for _, fraction in reports]
+    assert fractions == sorted(fractions)
+    assert fractions[0] >= 0
+    assert fractions[-1] <= 1
+    assert {what.split()[2] for what, _ in reports} == {"encoder", "decoder"}
+
+
+def test_builds_the_exported_encoder(tiny_bundle: Path, tmp_path: Path) -> None:
+    """The decoder's many layers take too long here; builds of whole bundles cover it."""
+    asked = job(tmp_path, encoder(), decoder())
+    for name in ("encoder.onnx", "encoder.weights"):
+        shutil.copy(tiny_bundle / name, tmp_path)
+    rtx.write_plan(asked)
+    layers = json.loads((asked.output / LAYERS).read_text())
+    stored = (tmp_path / "encoder.weights").stat().st_size
+    assert layers["encoder"]["weight_bytes"] == pytest.approx(stored, rel=0.1)
+    assert layers["encoder"]["engine_bytes"] > stored
+
+
+@pytest.mark.parametrize("name", ["t4", "a100", "a40", "rtx4090", "rtx5090"])
+def test_tensorrt_rtx_builds_for(name: str) -> None:
+    assert rtx.refusal(TARGETS[name]) == ""
+
+
+def test_refusals() -> None:
+    assert rtx.refusal(CPU) == full.refusal(CPU) == "runs on NVIDIA GPUs only"
+    assert rtx.refusal(H200) == "TensorRT-RTX does not run on sm 9.0"
+    assert rtx.refusal(TARGETS["orin"]) == "TensorRT-RTX does not run on sm 8.7"
+
+
+def test_h200_is_told_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full, "_library", Library("tensorrt", "TensorRT", "no_such_module", "tensorrt"))
+    with pytest.raises(NoTarget) as caught:
+        choose_backend(H200)
+    text = str(caught.value)
+    assert "TensorRT-RTX does not run on sm 9.0" in text
+    assert "builds only on a machine with a GPU of sm 9.0, such as NVIDIA H200, after pip install tensorrt" in text
+
+
+def test_missing_library_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Library("tensorrt-rtx", "TensorRT-RTX", "no_such_module", "tensorrt-rtx-cu13")
+    monkeypatch.setattr(rtx, "_library", absent)
+    assert rtx.refusal(A40).endswith("pip install tensorrt-rtx-cu13")
+
+
+@pytest.fixture
+def a40_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The full library, played by the other, in a machine with an A40. Gives the module that names devices."""
+    cuda = pytest.importorskip("smc.exported.engines.cuda_memory")
+    monkeypatch.setattr(Library, "load", lambda self: trt)
+    monkeypatch.setattr(cuda, "devices", lambda: [cuda.Device(0, "NVIDIA A40", "8.6", 48 << 30)])
+    monkeypatch.setattr(cuda, "driver_version", lambda: (13, 2))
+    return cuda
+
+
+def test_full_library_builds_for_the_gpu_at_hand(a40_machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert full.refusal(A40) == full.refusal(TARGETS["rtx3090"]) == ""
+    assert full.runs_here(A40)
+    assert not full.runs_here(H200)
+    assert full.refusal(H200) == "builds only on a machine with a GPU of sm 9.0, such as NVIDIA H200, which this one has not"
+
+    def no_driver() -> None:
+        raise NoTarget("this machine has no NVIDIA driver")
+
+    monkeypatch.setattr(a40_machine, "devices", no_driver)
+    assert full.refusal(A40).endswith("such as NVIDIA A40; here: this machine has no NVIDIA driver")
+    assert not full.runs_here(A40)
+
+
+def test_timings_are_kept_for_one_kind_of_gpu_driver_and_library(a40_machine: Any, tmp_path: Path) -> None:
+    asked = job(tmp_path, encoder(), decoder())
+    for serialized in (b"first", b"second"):
+        config = SimpleNamespace(get_timing_cache=lambda data=serialized: SimpleNamespace(serialize=lambda: data))
+        full._keep_timings(trt, config, asked)
+    (kept,) = asked.cache.iterdir()
+    assert kept.read_bytes() == b"second"
+    assert kept.name == f"NVIDIA-A40-sm8.6-driver13.2-tensorrt{trt.__version__}.timing"
+
+
+def inputs(*shapes: tuple[int, ...], dtype: str = "FLOAT") -> list[Any]:
+    return [SimpleNamespace(name=f"in{i}", shape=shape, dtype=SimpleNamespace(name=dtype)) for i, shape in enumerate(shapes, 1)]
+
+
+def test_full_library_has_a_profile_for_each_shape_and_one_for_mixed_pairs(tmp_path: Path) -> None:
+    asked = job(tmp_path, encoder(), decoder(), max_batch=3)
+    grids = inputs((-1, -1, -1, 8), (-1, -1, -1, 8))
+    assert full._profiles(grids, "decoder", asked) == [
+        dict.fromkeys(("in1", "in2"), ((1, 4, 6, 8), (1, 4, 6, 8), (3, 4, 6, 8))),
+        dict.fromkeys(("in1", "in2"), ((1, 6, 4, 8), (1, 6, 4, 8), (3, 6, 4, 8))),
+        dict.fromkeys(("in1", "in2"), ((1, 4, 4, 8), (1, 4, 6, 8), (3, 6, 6, 8))),
+    ]
+    images = inputs((-1, 3, -1, -1))
+    assert full._profiles(images, "encoder", asked) == [
+        {"in1": ((1, 3, 64, 96), (2, 3, 64, 96), (6, 3, 64, 96))},
+        {"in1": ((1, 3, 96, 64), (2, 3, 96, 64), (6, 3, 96, 64))},
+    ]
+
+
+def test_tensorrt_rtx_has_one_profile(tmp_path: Path) -> None:
+    asked = job(tmp_path, encoder(), decoder())
+    images = inputs((-1, -1, -1, 3), dtype="UINT8")
+    assert rtx._profiles(images, "encoder", asked) == [{"in1": ((1, 64, 64, 3), (2, 64, 96, 3), (2, 96, 96, 3))}]
+
+
+def test_static_dimensions_stay(tmp_path: Path) -> None:
+    asked = job(tmp_path, encoder(size=(64, 96)), decoder(), shapes=[(64, 96)])
+    rtx.write_plan(asked)
+    batch_of_one = inputs((1, -1, -1, 3), dtype="UINT8")
+    assert rtx._profiles(batch_of_one, "encoder", asked) == [{"in1": 3 * ((1, 64, 96, 3),)}]
+
+
+def test_a_shape_that_the_graph_does_not_take(tmp_path: Path) -> None:
+    asked = job(tmp_path, encoder(size=(64, 96)), decoder())
+    with pytest.raises(BackendFailed, match=r"input image is fixed at \?x64x96x3, and the plan is to take 1x64x64x3 to 2x96x96x3"):
+        rtx.write_plan(asked)
+    assert not list(asked.output.iterdir())
+
+
+def test_unknown_operation_names_the_node(tmp_path: Path) -> None:
+    def determinant(build: Builder, tensor: str) -> str:
+        return build.op("Unsqueeze", build.op("Det", tensor, name="volume"), np.array([2, 3]))
+
+    asked = job(tmp_path, encoder(), decoder(determinant))
+    with pytest.raises(BackendFailed, match=r"decoder\.onnx: TensorRT-RTX \S+ does not take node volume \(Det\)"):
+        rtx.write_plan(asked)
+    assert not (asked.output / "decoder.engine").exists()
+
+
+def test_mixed_types_name_the_node_and_the_types(tmp_path: Path) -> None:
+    model = decoder(lambda build, tensor: build.op("MatMul", tensor, weights(8, 8).astype(np.float32), name="product"))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == FLOAT:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    asked = job(tmp_path, encoder(), model)
+    with pytest.raises(BackendFailed, match=r"node product \(MatMul\): .*`A` is of type Float and `B` is of type Half") as caught:
+        rtx.write_plan(asked)
+    assert "cudaError" not in str(caught.value)
+    assert "/_src/" not in str(caught.value)
+
+
+def test_a_node_in_a_function_names_the_function(tmp_path: Path) -> None:
+    model = decoder()
+    opsets = [helper.make_opsetid("", 23)]
+    body = [helper.make_node("Det", ["x"], ["d"], name="volume"), helper.make_node("Identity", ["d"], ["y"])]
+    model.functions.append(helper.make_function("local", "Geometry", ["x"], ["y"], body, opsets))
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    model.graph.node.append(helper.make_node("Geometry", ["features1"], ["extra"], domain="local", name="geometry"))
+    model.graph.output.append(helper.make_tensor_value_info("extra", FLOAT, None))
+    with pytest.raises(BackendFailed, match=r"volume \(Det\), in geometry \(Geometry\)"):
+        rtx.write_plan(job(tmp_path, encoder(), model))
+
+
+def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
+    asked = job(
+        tmp_path, encoder(), decoder(lambda build, tensor: build.op("Cast", build.op("Cast", tensor, to=BFLOAT16), to=FLOAT)), target=T4
+    )
+    with pytest.raises(BackendFailed, match=r"decoder\.onnx: TensorRT-RTX could not build the engine: .*sm75.*b16") as caught:
+        rtx.write_plan(asked)
+    assert "--verbose" in caught.value.fix
+    assert not (asked.output / "decoder.engine").exists()
+
+
+def test_a_graph_that_is_none(tmp_path: Path) -> None:
+    asked = job(tmp_path, encoder(), decoder())
+    asked.graphs["encoder"].write_bytes(b"not a graph")
+    with pytest.raises(BackendFailed, match=r"encoder\.onnx"):
+        rtx.write_plan(asked)
+
+
+def test_attention_in_float32_builds(tmp_path: Path) -> None:
+    rtx.write_plan(job(tmp_path, encoder(), decoder(attention)))
+
+
+def test_softmax_precision_is_refused_at_its_node(tmp_path: Path) -> None:
+    """Passes leave it out for TensorRT; a graph that has it must not fail without a name."""
+    asked = job(tmp_path, encoder(), decoder(lambda build, tensor: attention(build, tensor, softmax_precision=FLOAT)))
+    with pytest.raises(BackendFailed, match=r"node attend \(Attention\)"):
+        rtx.write_plan(asked)
+
+
+def test_outputs_that_numpy_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(BackendFailed, match=r"encoder\.onnx: its output last_out0 is bfloat16"):
+        rtx.write_plan(job(tmp_path, encoder(BFLOAT16), decoder()))
+
+
+def test_out_of_memory_is_told_apart() -> None:
+    failure = rtx._failure("decoder.onnx: no engine", ["[defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)"])
+    assert isinstance(failure, OutOfMemory)
+    assert isinstance(rtx._failure("decoder.onnx: no engine", ["no implementation"]), BackendFailed)
+
+
+def test_an_interrupt_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[str] = []
+
+    class Watched(module._Progress):  # type: ignore[misc, name-defined]
+        def start(self, name: str, parent: str | None, steps: int) -> None:
+            deadline = time.monotonic() + 1  # the build waits here until the main thread was interrupted
+            while not self.cancelled and time.monotonic() < deadline:
+                time.sleep(0.01)
+            phases.append(name)
+            super().start(name, parent, steps)
+
+    def interrupt(what: str, fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_Progress", Watched)
+    asked = job(tmp_path, encoder(), decoder(), report=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        rtx.write_plan(asked)
+    assert "Optimizing graph" not in phases  # one of the last, after several steps that could stop the build
+    assert not list(asked.output.iterdir())
+
+
+def test_progress_of_nested_phases() -> None:
+    progress = module._Progress(trt)
+    progress.start("build", None, 4)
+    progress.start("tactics", "build", 2)
+    assert progress.monitor.step_complete("tactics", 0)
+    assert progress.fraction == pytest.approx(1 / 8)
+    progress.finish("tactics")
+    progress.step("build", 0)
+    progress.start("tactics", "build", 10)  # again
+    progress.step("tactics", 0)
+    assert progress.fraction == pytest.approx((1 + 0.1) / 4)
+    progress.cancelled = True
+    assert not progress.monitor.step_complete("tactics", 1)
+
+
+def test_standard_output_stays_clean(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """TensorRT's compiler prints a warning of its own for a bound that float16 rounds."""
+
+    def clipped(build: Builder, tensor: str) -> str:
+        low = build.op("Clip", build.op("Cast", tensor, to=HALF), np.array(1e-8, np.float16), name="clip")
+        return build.op("Cast", low, to=FLOAT)
+
+    rtx.write_plan(job(tmp_path, encoder(), decoder(clipped)))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "clip" in err
+
+
+def test_version_and_names() -> None:
+    assert rtx.version() == trt.__version__
+    assert (full.NAME, rtx.NAME) == ("tensorrt", "tensorrt-rtx")
+    assert full._library is TENSORRT
+    assert rtx.PRECISIONS[0] == "hybrid"

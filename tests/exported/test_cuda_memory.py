@@ -1,0 +1,258 @@
+"""Pools are tested with memory of the host; those marked `gpu` run on hardware."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+
+import numpy as np
+import pytest
+
+from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory
+
+cudart = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+
+from smc.exported.engines import cuda_memory as cuda  # noqa: E402  # it needs cuda-bindings
+
+SUCCESS, NO_MEMORY = cudart.cudaError_t.cudaSuccess, cudart.cudaError_t.cudaErrorMemoryAllocation
+
+
+class HostMemory:
+    """Allocates on the host, up to a limit, and remembers."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit = limit
+        self.blocks: dict[int, ctypes.Array[ctypes.c_char]] = {}
+
+    def allocate(self, nbytes: int) -> tuple[object, int]:
+        if nbytes + sum(map(len, self.blocks.values())) > self.limit:
+            return NO_MEMORY, 0
+        block = ctypes.create_string_buffer(nbytes)
+        self.blocks[ctypes.addressof(block)] = block
+        return SUCCESS, ctypes.addressof(block)
+
+    def free(self, address: int) -> None:
+        del self.blocks[address]
+
+    def pool(self) -> cuda.MemoryPool:
+        return cuda.MemoryPool("host memory", self.allocate, self.free)
+
+
+def test_a_block_returns_to_its_pool() -> None:
+    memory = HostMemory()
+    pool = memory.pool()
+    first, second = pool.take(64), pool.take(64)
+    assert first.address != second.address
+    address = first.address
+    del first
+    assert pool.take(32).address != address  # another size
+    assert pool.take(64).address == address
+    assert len(memory.blocks) == 3
+
+
+def test_release_frees_what_is_not_in_use() -> None:
+    memory = HostMemory()
+    pool = memory.pool()
+    kept = pool.take(64)
+    pool.take(32)
+    pool.release()
+    assert list(memory.blocks) == [kept.address]
+
+
+def test_a_pool_frees_its_memory_but_not_before_its_blocks() -> None:
+    memory = HostMemory()
+    pool = memory.pool()
+    block = pool.take(64)
+    del pool
+    gc.collect()
+    assert block.address in memory.blocks
+    del block
+    gc.collect()
+    assert not memory.blocks
+
+
+def test_idle_blocks_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "free_memory", lambda: 36)
+    pool = HostMemory(limit=100).pool()
+    pool.take(64)  # idle at once
+    held = pool.take(80)
+    with pytest.raises(OutOfMemory, match=r"allocating host memory: .*; 64 bytes are needed, 36 are free"):
+        pool.take(64)
+    assert held.nbytes == 80
+
+
+def test_pools_serve_threads() -> None:
+    pool = HostMemory().pool()
+    clashes = []
+
+    def work() -> None:
+        for _ in range(300):
+            array = cuda.pinned_array(pool, (16,), np.int64)
+            array[:] = threading.get_ident()
+            if (array != threading.get_ident()).any():
+                clashes.append(array)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not clashes
+
+
+def test_a_pinned_array_keeps_its_memory_as_long_as_any_view() -> None:
+    memory = HostMemory()
+    pool = memory.pool()
+    array = cuda.pinned_array(pool, (2, 3), np.float32)
+    assert (array.shape, array.dtype) == ((2, 3), np.float32)
+    address, view = array.ctypes.data, array[1]
+    view[:] = 7
+    del array
+    assert pool.take(24).address != address
+    del view
+    assert address in [pool.take(24).address, pool.take(24).address]
+
+
+def test_a_device_array_describes_itself() -> None:
+    array = cuda.DeviceArray(HostMemory().pool(), (2, 3, 4), np.float16)
+    described = array.__cuda_array_interface__
+    assert described["shape"] == (2, 3, 4)
+    assert described["typestr"] == "<f2"
+    assert described["data"] == (array.address, False)
+    assert array.nbytes == 48
+    with pytest.raises(ValueError, match="without a copy"):
+        np.asarray(array, copy=False)
+
+
+def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudart, "cudaDriverGetVersion", lambda: (SUCCESS, 0))
+    with pytest.raises(NoTarget, match="no NVIDIA driver"):
+        cuda.devices()
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudart, "cudaDriverGetVersion", lambda: (SUCCESS, 13020))
+    monkeypatch.setattr(cudart, "cudaGetDeviceCount", lambda: (cudart.cudaError_t.cudaErrorNoDevice, 0))
+    assert cuda.driver_version() == (13, 2)
+    with pytest.raises(NoTarget, match=r"looking for GPUs: .*cudaErrorNoDevice"):
+        cuda.devices()
+
+
+def test_other_failures_are_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudart, "cudaSetDevice", lambda index: (cudart.cudaError_t.cudaErrorIllegalAddress,))
+    with pytest.raises(BackendFailed, match=r"choosing GPU 3: .*cudaErrorIllegalAddress"):
+        cuda.use_device(3)
+
+
+@pytest.fixture
+def gpu() -> cuda.Device:
+    device = cuda.devices()[0]
+    cuda.use_device(device.index)
+    return device
+
+
+@pytest.mark.gpu
+def test_devices(gpu: cuda.Device) -> None:
+    major, minor = map(int, gpu.sm.split("."))
+    assert (major, minor) >= (7, 5)
+    assert gpu.name.isprintable()
+    assert 0 < cuda.free_memory() <= gpu.total_bytes
+    assert cuda.driver_version() >= (12, 0)
+
+
+@pytest.mark.gpu
+def test_copies_both_ways(gpu: cuda.Device) -> None:
+    stream, device, pinned = cuda.Stream(), cuda.device_pool(), cuda.pinned_pool()
+    values = np.random.default_rng(0).standard_normal((3, 384, 512)).astype(np.float32)
+    first, second = (cuda.DeviceArray(device, values.shape, values.dtype) for _ in range(2))
+    host = cuda.pinned_array(pinned, values.shape, values.dtype)
+    stream.copy(first.address, values.ctypes.data, first.nbytes)
+    stream.copy(second.address, first.address, first.nbytes)
+    stream.copy(host.ctypes.data, second.address, first.nbytes)
+    stream.synchronize()
+    np.testing.assert_array_equal(host, values)
+    np.testing.assert_array_equal(np.asarray(second), values)
+    assert np.asarray(second, dtype=np.float64).dtype == np.float64
+
+
+@pytest.mark.gpu
+def test_others_read_device_arrays_in_place(gpu: cuda.Device) -> None:
+    cupy = pytest.importorskip("cupy")
+    values = np.arange(24, dtype=np.float16).reshape(2, 3, 4)
+    array = cuda.DeviceArray(cuda.device_pool(), values.shape, values.dtype)
+    stream = cuda.Stream()
+    stream.copy(array.address, values.ctypes.data, array.nbytes)
+    stream.synchronize()
+    seen = cupy.asarray(array)
+    assert seen.data.ptr == array.address
+    seen += 1
+    np.testing.assert_array_equal(np.asarray(array), values + 1)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_runs_when_launched(gpu: cuda.Device) -> None:
+    stream, pool = cuda.Stream(), cuda.device_pool()
+    source, target = (cuda.DeviceArray(pool, (1024,), np.int32) for _ in range(2))
+    zeros = np.zeros(1024, np.int32)
+    stream.copy(target.address, zeros.ctypes.data, zeros.nbytes)
+    stream.synchronize()
+    graph = cuda.Graph(stream, lambda: stream.copy(target.address, source.address, source.nbytes))
+    stream.synchronize()
+    np.testing.assert_array_equal(np.asarray(target), zeros)  # capturing ran nothing
+    for seed in range(3):
+        values = np.random.default_rng(seed).integers(0, 1 << 30, 1024, dtype=np.int32)
+        stream.copy(source.address, values.ctypes.data, values.nbytes)
+        graph.launch(stream)
+        stream.synchronize()
+        np.testing.assert_array_equal(np.asarray(target), values)
+
+
+@pytest.mark.gpu
+def test_other_threads_may_allocate_during_a_capture(gpu: cuda.Device) -> None:
+    stream, pool = cuda.Stream(), cuda.device_pool()
+    source, target = (cuda.DeviceArray(pool, (16,), np.int32) for _ in range(2))
+    failures = []
+
+    def allocate() -> None:
+        try:
+            cuda.use_device(gpu.index)
+            cuda.DeviceArray(cuda.device_pool(), (1 << 20,), np.int32)
+        except Exception as error:
+            failures.append(error)
+
+    def enqueue() -> None:
+        stream.copy(target.address, source.address, source.nbytes)
+        thread = threading.Thread(target=allocate)
+        thread.start()
+        thread.join()
+
+    cuda.Graph(stream, enqueue).launch(stream)
+    stream.synchronize()
+    assert not failures
+
+
+@pytest.mark.gpu
+def test_a_stream_is_usable_after_a_capture_that_failed(gpu: cuda.Device) -> None:
+    stream, pool = cuda.Stream(), cuda.device_pool()
+
+    def refuse() -> None:
+        raise BackendFailed("refused")
+
+    with pytest.raises(BackendFailed, match="refused"):
+        cuda.Graph(stream, refuse)
+    with pytest.raises(BackendFailed):
+        cuda.Graph(stream, stream.synchronize)  # not allowed in a capture
+    values = np.arange(16, dtype=np.int32)
+    array = cuda.DeviceArray(pool, values.shape, values.dtype)
+    stream.copy(array.address, values.ctypes.data, values.nbytes)
+    stream.synchronize()
+    np.testing.assert_array_equal(np.asarray(array), values)
+
+
+@pytest.mark.gpu
+def test_out_of_memory_says_how_much(gpu: cuda.Device) -> None:
+    needed = 2 * gpu.total_bytes
+    with pytest.raises(OutOfMemory, match=f"{needed:,} bytes are needed"):
+        cuda.device_pool().take(needed)
+    assert cuda.device_pool().take(256).address % 256 == 0  # and the GPU goes on working
