@@ -221,23 +221,32 @@ def targets(as_json: bool) -> None:
     from smc.compiler.backends import BACKENDS
     from smc.compiler.targets import TARGETS
 
-    def standing(target: Any) -> str:
-        if target.refusal:
-            return f"refused: {target.refusal}"
-        names = [backend.NAME for backend in BACKENDS if not backend.refusal(target)]
-        return ", ".join(names) or "none in this version"
-
+    refusals = {target.name: {backend.NAME: backend.refusal(target) for backend in BACKENDS} for target in TARGETS.values()}
     if as_json:
         import dataclasses
 
         _print_json(
-            [dataclasses.asdict(target) | {"backends": [b.NAME for b in BACKENDS if not b.refusal(target)]} for target in TARGETS.values()]
+            [
+                dataclasses.asdict(target)
+                | {"backends": [name for name, why in refusals[target.name].items() if not why], "refusals": refusals[target.name]}
+                for target in TARGETS.values()
+            ]
         )
         return
-    table = Table("--gpu", "machine", "sm", "memory", "backends that build and run it", box=None, pad_edge=False)
+
+    def standing(target: Any) -> str:
+        if target.refusal:
+            return f"refused: {target.refusal}"
+        able = [name for name, why in refusals[target.name].items() if not why]
+        return ", ".join(able) or "none here: " + "; ".join(f"{name}: {why}" for name, why in refusals[target.name].items())
+
+    table = Table("--gpu", "machine", "sm", "memory", "backends that can build for it here", box=None, pad_edge=False)
     for target in TARGETS.values():
         table.add_row(target.name, target.title, target.sm or "", f"{target.memory_gib} GiB" if target.memory_gib else "", standing(target))
     _print_table(table)
+    for backend in BACKENDS:
+        if backend.CAVEAT:
+            ERR.print(f"{backend.NAME}: {backend.CAVEAT}.")
 
 
 @cli.command()

@@ -18,6 +18,8 @@ class Backend(Protocol):
     NAME: str
     PRECISIONS: Sequence[Precision]
     """What `--precision` may be, the default first."""
+    CAVEAT: str
+    """What a user should know before relying on it, or empty."""
 
     def refusal(self, target: Target) -> str:
         """Why plans for `target` cannot be built by this backend on this machine, or "" if they can."""

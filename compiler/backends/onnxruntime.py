@@ -11,6 +11,7 @@ from smc.compiler.targets import Target
 
 NAME = "onnxruntime"
 PRECISIONS: Sequence[Precision] = ("fp32",)
+CAVEAT = ""
 
 
 def refusal(target: Target) -> str:

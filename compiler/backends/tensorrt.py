@@ -50,6 +50,7 @@ class _TensorRtBackend(ABC):
     """What the two libraries share: parsing, building, progress, errors and the list of layers."""
 
     PRECISIONS: Sequence[Precision] = ("hybrid", "fp16", "bf16", "fp32")
+    CAVEAT = "its engines have not been run on hardware"
 
     def __init__(self, library: Library) -> None:
         self.NAME = library.name
