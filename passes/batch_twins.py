@@ -8,11 +8,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from smc.passes.base import Pass, PassReport, Refusal, label
-from smc.passes.tensors import Editor, constant_value, dims, is_made_up, producer
+from smc.passes.tensors import Editor, constant_value, dims, is_made_up, is_repeatable, producer
 from smc.passes.twin_rules import RULES, only_data
 from smc.passes.twin_values import Constants, Shared, Stream, Value, alike, known_shape
 
-_RANDOM = frozenset({"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"})
 _SMALL = 1024  # bytes up to which constants are compared by value to find shared computations; weights are when they are used
 
 TensorPair = tuple[gs.Tensor, gs.Tensor]
@@ -149,7 +148,7 @@ def _equal_tensors(graph: gs.Graph) -> dict[str, Hashable]:
         if isinstance(tensor, gs.Constant) and np.prod(tensor.shape) * 8 <= _SMALL:
             equal[tensor.name] = (str(tensor.dtype), tuple(tensor.shape), tensor.values.tobytes())
     for node in graph.nodes:  # in topological order
-        if node.op in _RANDOM or any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+        if not is_repeatable(node):
             continue
         attrs = tuple(sorted((name, _hashable(value)) for name, value in node.attrs.items()))
         inputs: Hashable = tuple(equal[tensor.name] for tensor in node.inputs if not tensor.is_empty())

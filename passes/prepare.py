@@ -12,12 +12,16 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, inliner, numpy_helper, shape_inference, version_converter
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from smc.passes.base import GraphRefused
 from smc.passes.tensors import OPSET, Array, Dim, constant_value, dims, is_made_up, is_number_type, is_output, redirect
 
 OLDEST_OPSET = 17
 _LARGE = 1024  # bytes; shape arithmetic, whose values inference needs, stays far below
+
+# It warns of every bfloat16 constant, on standard output; the passes handle those.
+G_LOGGER.severity = G_LOGGER.ERROR
 
 
 def prepare(model: onnx.ModelProto, weights: Mapping[str, Array] | None = None) -> gs.Graph:

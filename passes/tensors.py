@@ -187,12 +187,7 @@ def _evaluate(tensor: gs.Tensor) -> Array | None:
             if value is None or (node.op in _COMPUTES and _has_unknown(value)):
                 return None
             values[operand.name] = value
-    attrs = {
-        name: onnx.numpy_helper.from_array(value.values) if isinstance(value, gs.Constant) else value for name, value in node.attrs.items()
-    }
-    proto = onnx.helper.make_node(node.op, [operand.name for operand in node.inputs], ["out"], **attrs)
-    (result,) = ReferenceEvaluator(proto, opsets={"": OPSET}).run(None, values)
-    return np.asarray(result)
+    return run_node(node, values)[0]
 
 
 def is_repeatable(node: gs.Node) -> bool:
