@@ -13,13 +13,12 @@ import onnx_graphsurgeon as gs
 
 from smc.passes.base import Pass, PassReport, Refusal
 from smc.passes.tensors import (
-    Dim,
     Editor,
     constant_value,
     dims,
     has_input,
-    has_output,
     is_made_up,
+    is_output,
     producer,
     rank,
     slices,
@@ -55,18 +54,18 @@ class AttentionPlugin(Pass):
         edit = Editor(graph)
         for node in [node for node in graph.nodes if node.op == "Attention"]:
             with report.attempt(node):
-                heads, size, scale = _check(node)
+                heads, size, scale = _check(graph, node)
                 _replace(edit, node, heads, size, scale)
                 report.rewrites += 1
         if report.rewrites:
             graph.import_domains = [*(graph.import_domains or ()), onnx.helper.make_opsetid(DOMAIN, 1)]
 
 
-def _check(node: gs.Node) -> tuple[int, int, float]:
+def _check(graph: gs.Graph, node: gs.Node) -> tuple[int, int, float]:
     """Heads, head size and scale of an attention that the kernel can do."""
     if any(has_input(node, i) for i in range(3, len(node.inputs))) or node.attrs.get("is_causal") or node.attrs.get("softcap"):
         raise Refusal("it has a mask, a cache or a cap of the scores, and the kernel does plain attention")
-    if any(has_output(node, i) for i in range(1, len(node.outputs))):
+    if any(tensor.outputs or is_output(graph, tensor) for tensor in node.outputs[1:]):
         raise Refusal("it has outputs besides the first, and the kernel makes that one alone")
     operands = dict(zip("qkv", node.inputs[:3], strict=True))
     types = [tensor.dtype for tensor in operands.values()]
@@ -91,13 +90,13 @@ def _check(node: gs.Node) -> tuple[int, int, float]:
 def _replace(edit: Editor, node: gs.Node, heads: int, size: int, scale: float) -> None:
     name, out = node.name or "attention", node.outputs[0]
     parts = {x: _operand(edit, tensor, heads, size, f"{name}/{x}") for x, tensor in zip("qkv", node.inputs[:3], strict=True)}
-    batch, _, tokens, _ = dims(node.inputs[0]) or ()
+    shape = dims(node.inputs[0]) or []
     attrs = {"num_heads": heads, "head_size": size, "scale": scale} | {f"{x}_offset": offset for x, (_, offset) in parts.items()}
     inputs = [tensor for tensor, _ in parts.values()]
-    shape = [batch, tokens, heads * size]
-    flat = edit.node(NAME, inputs, name=f"{name}/plugin", dtype=out.dtype, shape=shape, **attrs, **_PARSER_ATTRIBUTES)
+    made = [shape[0], shape[2], heads * size]
+    flat = edit.node(NAME, inputs, name=f"{name}/plugin", dtype=out.dtype, shape=made, **attrs, **_PARSER_ATTRIBUTES)
     flat.inputs[0].domain = DOMAIN
-    split = _reshape(edit, flat, [batch, tokens, heads, size], name=f"{name}/split")
+    split = _reshape(edit, flat, [heads, size], name=f"{name}/split")
     edit.transpose(split, _HEADS_AND_TOKENS, name=f"{name}/heads", output=out)
 
 
@@ -109,13 +108,13 @@ def _operand(edit: Editor, tensor: gs.Tensor, heads: int, size: int, name: str) 
         if channels is not None and channels % _ALIGNMENT == 0 and view.offset % _ALIGNMENT == 0:
             return view.source, view.offset
     tokens = edit.transpose(tensor, _HEADS_AND_TOKENS, name=f"{name}_tokens")
-    return _reshape(edit, tokens, [*(dims(tokens) or ())[:2], heads * size], name=f"{name}_flat"), 0
+    return _reshape(edit, tokens, [heads * size], name=f"{name}_flat"), 0
 
 
-def _reshape(edit: Editor, tensor: gs.Tensor, shape: list[Dim], *, name: str) -> gs.Tensor:
-    """Split or join what follows the first two axes, which stay."""
-    sizes = edit.integers([0, 0, *(int(size) for size in shape[2:])], "shape")
-    return edit.node("Reshape", [tensor, sizes], name=name, dtype=tensor.dtype, shape=shape)
+def _reshape(edit: Editor, tensor: gs.Tensor, sizes: list[int], *, name: str) -> gs.Tensor:
+    """`tensor` with axes of `sizes` in place of those after its first two."""
+    shape = [*(dims(tensor) or [])[:2], *sizes]
+    return edit.node("Reshape", [tensor, edit.integers([0, 0, *sizes], "shape")], name=name, dtype=tensor.dtype, shape=shape)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import math
 import os
 import re
+import statistics
 import sys
 import tempfile
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,12 +25,16 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from smc.compiler.backends.plan_job import PlanJob
 from smc.compiler.pipeline import Precision
 from smc.compiler.targets import Target
 from smc.exported.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Library, is_out_of_memory, make_log
-from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory
+from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory, SmcError
 from smc.exported.images import PATCH
+from smc.passes.attention_plugin import AttentionPlugin
+from smc.passes.cancel_layout import CancelLayout
 
 if TYPE_CHECKING:
     from smc.exported.engines.cuda_memory import Device
@@ -44,6 +51,12 @@ Profile = dict[str, Range]
 
 _SHARES = {"encoder": (0.0, 0.4), "decoder": (0.4, 1.0)}
 """The part of the progress bar for each stage: the decoder has a quarter more weights and twice the nodes."""
+
+_PLUGIN_SM = 80
+"""The oldest compute capability, 8.0, that the FlashAttention plugin is compiled for."""
+
+_RUNS = 50
+"""Of an engine, to time it."""
 
 
 class _TensorRtBackend(ABC):
@@ -100,12 +113,16 @@ class _TensorRtBackend(ABC):
 
     def _build_stage(self, trt: Any, stage: str, job: PlanJob) -> tuple[Any, dict[str, Any]]:
         """The serialised engine, and what LAYERS says of it."""
+        return self._build_graph(trt, stage, job.graphs[stage], job, _SHARES[stage])
+
+    def _build_graph(self, trt: Any, stage: str, graph: Path, job: PlanJob, share: tuple[float, float]) -> tuple[Any, dict[str, Any]]:
+        """`_build_engine`, while progress is reported from one end of `share` to the other."""
         progress = _Progress(trt)
-        start, end = _SHARES[stage]
+        start, end = share
         description = f"building the {stage} with {self._library.title} {trt.__version__}"
         # In a thread of its own: the build does not return to Python for many seconds, and this thread must take signals.
         with _standard_output_apart(), ThreadPoolExecutor(1) as thread:
-            build = thread.submit(self._build_engine, trt, stage, job, progress.monitor)
+            build = thread.submit(self._build_engine, trt, stage, graph, job, progress.monitor)
             try:
                 job.report(description, start)
                 while build not in wait([build], timeout=0.2).done:
@@ -115,12 +132,12 @@ class _TensorRtBackend(ABC):
                 progress.cancelled = True
                 raise
 
-    def _build_engine(self, trt: Any, stage: str, job: PlanJob, monitor: Any) -> tuple[Any, dict[str, Any]]:
+    def _build_engine(self, trt: Any, stage: str, graph: Path, job: PlanJob, monitor: Any) -> tuple[Any, dict[str, Any]]:
         log = make_log(trt, job.verbose)
         builder = trt.Builder(log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        self._parse(trt, job.graphs[stage], network, log)
-        _check_outputs(network, job.graphs[stage])
+        self._parse(trt, graph, network, log)
+        _check_outputs(network, graph)
         _allow_unfused_attention(trt, network)
         config = builder.create_builder_config()
         config.progress_monitor = monitor
@@ -133,7 +150,7 @@ class _TensorRtBackend(ABC):
         log.errors.clear()
         engine = builder.build_serialized_network(network, config)
         if engine is None:
-            raise self._failure(f"{job.graphs[stage].name}: {self._library.title} could not build the engine", log.errors)
+            raise self._failure(f"{graph.name}: {self._library.title} could not build the engine", log.errors)
         self._keep_timings(trt, config, job)
         workspace = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
         return engine, _describe(trt, network) | {"engine_bytes": engine.nbytes, "workspace_limit_bytes": workspace}
@@ -174,6 +191,51 @@ class _TensorRt(_TensorRtBackend):
             return "" if _find_device(target) is not None else f"{needed}, which this one has not"
         except NoTarget as why:
             return f"{needed}; here: {why}"
+
+    def _build_stage(self, trt: Any, stage: str, job: PlanJob) -> tuple[Any, dict[str, Any]]:
+        """The faster of two engines: one with TensorRT's own attention, one with the FlashAttention plugin where that can be had."""
+        start, end = _SHARES[stage]
+        middle = (start + end) / 2
+        built = {"native": self._build_graph(trt, stage, job.graphs[stage], job, (start, middle))}
+        milliseconds: dict[str, float] = {}
+        why_not = ""
+        try:
+            with tempfile.TemporaryDirectory(dir=job.output) as directory:
+                graph = _write_plugin_graph(stage, job, Path(directory))
+                built["plugin"] = self._build_graph(trt, stage, graph, job, (middle, end))
+            for name, (engine, _) in built.items():
+                milliseconds[name] = self._time(trt, stage, engine, job)
+                gc.collect()  # an engine and its contexts refer to one another, and the next needs their memory
+        except (SmcError, ImportError, ValueError, OSError) as error:
+            why_not = str(error)
+            job.report(f"the {stage} keeps TensorRT's own attention: {why_not}", middle)
+        taken = min(milliseconds, key=milliseconds.__getitem__, default="native")
+        engine, layers = built[taken]
+        return engine, layers | {"attention": {"taken": taken, "milliseconds": milliseconds, "why_not": why_not}}
+
+    def _time(self, trt: Any, stage: str, engine: Any, job: PlanJob) -> float:
+        """Milliseconds of a run as the runtime does it, at the usual shapes, copies of the inputs included: the median."""
+        from smc.exported.engines import cuda_memory
+        from smc.exported.engines.tensorrt import _Stage
+
+        cuda_memory.use_device(_require_device(job.target).index)
+        log = make_log(trt, job.verbose)
+        loaded = _Stage(stage, self._library, trt, log, trt.Runtime(log), memoryview(engine))
+        random = np.random.default_rng(0)
+        inputs = {}
+        for name in loaded.inputs:
+            _, usual, _ = loaded.engine.get_tensor_profile_shape(name, 0)
+            pixels = loaded.dtypes[name] == np.uint8
+            values = random.integers(0, 256, tuple(usual)) if pixels else random.standard_normal(tuple(usual))
+            inputs[name] = values.astype(loaded.dtypes[name])
+        seconds = []
+        with loaded.context({name: values.shape for name, values in inputs.items()}) as context:
+            for _ in range(_RUNS):  # the first few are slow, which a median does not mind
+                start = time.perf_counter()
+                context.run(inputs)
+                context.keep(loaded.outputs[0])  # waits
+                seconds.append(time.perf_counter() - start)
+        return 1000 * statistics.median(seconds)
 
     def _configure(self, trt: Any, config: Any, job: PlanJob) -> None:
         from smc.exported.engines import cuda_memory
@@ -227,6 +289,31 @@ class _TensorRtRtx(_TensorRtBackend):
     def _profiles(self, inputs: Sequence[Any], stage: str, job: PlanJob) -> list[Profile]:
         # One is enough: kernels are specialised for each shape when it is first met.
         return [_profile(inputs, stage, job.shapes, job.max_batch)]
+
+
+def _write_plugin_graph(stage: str, job: PlanJob, directory: Path) -> Path:
+    """The stage's graph with the FlashAttention plugin in place of attention, and the plugin made known to TensorRT.
+
+    Raises:
+        BackendFailed: the plugin is not for this GPU, or for none of the graph's attentions.
+        ImportError: Triton, which compiles its kernel, is not installed.
+        ValueError: TensorRT does not take it, such as after builds for another GPU in this process.
+    """
+    sm = int((job.target.sm or "0").replace(".", ""))
+    if sm < _PLUGIN_SM:
+        raise BackendFailed(f"the FlashAttention plugin is for sm 8.0 and newer, and {job.target.title} is of sm {job.target.sm}")
+    from smc.compiler.graph_files import import_graph, read_onnx, write_graph
+    from smc.plugins.flash_attention.tensorrt_plugin import register
+
+    register(sm)
+    graph = import_graph(read_onnx(job.graphs[stage]))
+    report = AttentionPlugin()(graph)
+    if not report.rewrites:
+        reasons = "; ".join(f"{declined.node}: {declined.why}" for declined in report.declined[:3])
+        raise BackendFailed(f"the FlashAttention plugin takes none of the graph's attentions ({reasons or 'it has none'})")
+    CancelLayout()(graph)
+    write_graph(graph, directory, stage)
+    return directory / f"{stage}.onnx"
 
 
 full = _TensorRt(TENSORRT)

@@ -1,7 +1,8 @@
 """The operation as a plugin of the full TensorRT, its kernel compiled ahead of time into the engine. Not run on hardware.
 
 Written against NVIDIA's documentation of `tensorrt.plugin` (TensorRT 11.3, Python API: register, autotune, aot_impl) and its sample
-quickly_deployable_plugins. An engine that holds these plugins needs neither Python nor Triton to run. An ONNX node finds its plugin
+quickly_deployable_plugins, and run through the Python layer of that module. "The plugin computation is already part of the engine",
+says that sample: an engine that holds these plugins needs neither Python nor Triton, nor any registration, to run. An ONNX node finds its plugin
 by its operation's name and by two attributes beside the operation's own, which TensorRT's parser reads: plugin_namespace = "smc" and
 aot = 1. The model must not carry the function of `onnx_function`, which the parser would take instead.
 """
@@ -9,19 +10,30 @@ aot = 1. The model must not carry the function of `onnx_function`, which the par
 # No `from __future__ import annotations`: TensorRT reads the annotations as classes.
 
 import functools
+import hashlib
+import re
 
-from smc.plugins.flash_attention.aot import compile_for, fits, grid, sizes
+from smc.plugins.flash_attention.aot import Compiled, compile_for, fits, grid, sizes
 from smc.plugins.flash_attention.kernel import TILES
 from smc.plugins.flash_attention.specification import DOMAIN, NAME, ROTARY_NAME, FlashAttention
 
 
-def register(sm: int) -> None:
-    """Register both operations with TensorRT for building engines for compute capability `sm` (90 is 9.0); once a process.
+def uniquely_named(built: Compiled) -> tuple[str, str]:
+    """A kernel's name and PTX with a name of its own: TensorRT tells the kernels of an engine apart by their names alone."""
+    name = f"{built.name}_{hashlib.sha256(built.ptx.encode()).hexdigest()[:16]}"
+    return name, re.sub(rf"\b{built.name}(?=\(|_param_)", name, built.ptx)
 
+
+@functools.cache
+def register(sm: int) -> None:
+    """Register both operations with TensorRT for building engines for compute capability `sm` (90 is 9.0).
+
+    Again for the same one does nothing; TensorRT has no way to register for another in the same process.
     TensorRT's builder times each of TILES that fits the GPU and keeps the fastest; tactic i is TILES[i - 1].
 
     Raises:
         ImportError: TensorRT is not installed, or is older than its ahead-of-time plugins (10.8).
+        ValueError: it has been registered for another compute capability.
     """
     try:
         import tensorrt as trt
@@ -45,7 +57,8 @@ def register(sm: int) -> None:
         channels = (x.shape_expr[2] for x in (q, k, v))
         numbers = sizes(operation, q.shape_expr[1], k.shape_expr[1], *channels)
         arguments = trtp.SymIntExprs.from_tuple([trtp.SymInt32(number) for number in numbers])
-        return built.name.encode(), built.ptx.encode(), launch, arguments
+        name, ptx = uniquely_named(built)
+        return name.encode(), ptx.encode(), launch, arguments
 
     def output(q, num_heads: int, head_size: int):
         return trtp.from_shape_expr((q.shape_expr[0], q.shape_expr[1], num_heads * head_size), dtype=q.dtype)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import onnx
@@ -22,6 +26,7 @@ from smc.compiler.backends.tensorrt import LAYERS, full, rtx
 from smc.compiler.targets import TARGETS
 from smc.exported.engines.tensorrt_library import TENSORRT, Library
 from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory
+from tests.exported import test_tensorrt_engine as made_up
 from tests.passes.graphs import Builder, weights
 
 trt = pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx-cu13")
@@ -321,6 +326,125 @@ def test_standard_output_stays_clean(tmp_path: Path, capfd: pytest.CaptureFixtur
     out, err = capfd.readouterr()
     assert out == ""
     assert "clip" in err
+
+
+@pytest.fixture
+def full_machine(a40_machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full library, played by the other in a machine with an A40: it builds, and has no GPU to run on."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(full, "_configure", lambda *what: rtx._configure(*what))
+    monkeypatch.setattr(full, "_keep_timings", lambda *what: None)
+
+
+def half_attention(build: Builder, tensor: str) -> str:
+    """Of two heads of 32 channels, in float16."""
+    tokens = build.op("Reshape", build.op("Cast", tensor, to=HALF), np.array([0, -1, 8]))
+    packed = build.op("MatMul", tokens, weights(8, 3 * 64).astype(np.float16))
+    heads = [build.op("Reshape", part, np.array([0, 0, 2, 32])) for part in build.split(packed, 3, -1)]
+    operands = [build.op("Transpose", part, perm=[0, 2, 1, 3]) for part in heads]
+    return build.op("Cast", build.op("Attention", *operands, name="attend"), to=FLOAT)
+
+
+def summed_attention(build: Builder, tensor: str) -> str:
+    """Of the decoder's own shape (batch, 1, 1, 8), so that it can stand in its middle."""
+    tokens = build.op("ReduceMean", half_attention(build, tensor), np.array([1, 2]), keepdims=1)
+    return build.op("MatMul", tokens, weights(32, 8))
+
+
+made_up_gpu = made_up.gpu  # a fixture
+
+REGISTER = "smc.plugins.flash_attention.tensorrt_plugin.register"
+
+
+@pytest.mark.parametrize(
+    ("middle", "why"),
+    [
+        (summed_attention, r"decoder\.onnx: TensorRT \S+ does not take node attend/plugin \(FlashAttention\)"),
+        (attention, r"takes none of the graph's attentions \(attend: q, k and v are of type float32"),
+    ],
+)
+def test_native_attention_is_kept_where_the_plugin_cannot_be_built(
+    full_machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, middle: Callable[[Builder, str], str], why: str
+) -> None:
+    registered: list[int] = []
+    monkeypatch.setattr(REGISTER, registered.append)
+    reports: list[str] = []
+    asked = job(tmp_path, encoder(), decoder(middle), report=lambda what, fraction: reports.append(what))
+    full.write_plan(asked)
+    assert registered == [86, 86]
+    layers = json.loads((asked.output / LAYERS).read_text())
+    assert layers["decoder"]["attention"] == {"taken": "native", "milliseconds": {}, "why_not": ANY}
+    assert re.search(why, layers["decoder"]["attention"]["why_not"])
+    assert layers["encoder"]["attention"]["why_not"].endswith("takes none of the graph's attentions (it has none)")
+    assert f"the decoder keeps TensorRT's own attention: {layers['decoder']['attention']['why_not']}" in reports
+    assert {path.name for path in asked.output.iterdir()} == {"encoder.engine", "decoder.engine", LAYERS}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_native_attention_is_kept_without_the_plugins_library(full_machine: None, tmp_path: Path) -> None:
+    _, layers = full._build_stage(trt, "encoder", job(tmp_path, encoder(), decoder()))
+    assert layers["attention"]["why_not"].startswith("the FlashAttention plugin needs TensorRT")
+
+
+def test_each_of_the_plugins_kernels_has_a_name_of_its_own() -> None:
+    """Nodes that differ in an offset alone, and tactics of one node, are different kernels."""
+    aot = pytest.importorskip("smc.plugins.flash_attention.aot", reason="needs triton")
+    from smc.plugins.flash_attention.kernel import TILES
+    from smc.plugins.flash_attention.specification import FlashAttention
+    from smc.plugins.flash_attention.tensorrt_plugin import uniquely_named
+
+    variants = [(FlashAttention(2, 32, 0.5, v_offset=offset), tile) for offset in (0, 64) for tile in TILES[-2:]]
+    kernels = dict(uniquely_named(aot.compile_for(86, *variant)) for variant in variants)
+    assert len(kernels) == 4
+    for name, ptx in kernels.items():
+        assert re.findall(r"\.entry (\w+)\(", ptx) == [name]
+        assert set(re.findall(r"(\w+)_param_\d+", ptx)) == {name}
+
+
+def test_an_old_gpu_gets_no_plugin(tmp_path: Path) -> None:
+    with pytest.raises(BackendFailed, match=r"for sm 8\.0 and newer, and NVIDIA T4 is of sm 7\.5"):
+        module._write_plugin_graph("decoder", job(tmp_path, encoder(), decoder(), target=T4), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("native", "plugin", "taken"), [(2.0, 1.0, "plugin"), (1.0, 2.0, "native"), (1.0, 1.0, "native"), (1.0, None, "native")]
+)
+def test_the_faster_attention_is_taken(
+    full_machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: float, plugin: float | None, taken: str
+) -> None:
+    graphs: list[Counter[str]] = []
+    shares: list[tuple[float, float]] = []
+
+    def build(library: Any, stage: str, graph: Path, job: PlanJob, share: tuple[float, float]) -> tuple[str, dict[str, Any]]:
+        model = onnx.load(graph)
+        graphs.append(Counter(node.op_type for node in model.graph.node))
+        shares.append(share)
+        name = "plugin" if graphs[-1]["FlashAttention"] else "native"
+        return name, {"engine": name}
+
+    def measure(library: Any, stage: str, engine: str, job: PlanJob) -> float:
+        time = {"native": native, "plugin": plugin}[engine]
+        if time is None:
+            raise BackendFailed("decoder: the engine did not run")
+        return time
+
+    monkeypatch.setattr(REGISTER, lambda sm: None)
+    monkeypatch.setattr(full, "_build_graph", build)
+    monkeypatch.setattr(full, "_time", measure)
+    engine, layers = full._build_stage(trt, "decoder", job(tmp_path, encoder(), decoder(summed_attention)))
+    assert engine == layers["engine"] == layers["attention"]["taken"] == taken
+    assert layers["attention"]["milliseconds"] == {"native": native} | ({"plugin": plugin} if plugin else {})
+    assert layers["attention"]["why_not"] == ("" if plugin else "decoder: the engine did not run")
+    assert [(counts["Attention"], counts["FlashAttention"]) for counts in graphs] == [(1, 0), (0, 1)]
+    assert shares == [(0.4, 0.7), (0.7, 1.0)]
+
+
+@pytest.mark.parametrize("stage", ["encoder", "decoder"])
+def test_engines_are_timed_as_the_runtime_runs_them(made_up_gpu: made_up.FakeGpu, tmp_path: Path, stage: str) -> None:
+    milliseconds = full._time(made_up_gpu.trt, stage, stage.encode(), job(tmp_path, encoder(), decoder()))
+    assert 0 < milliseconds < 1000
+    assert made_up_gpu.executions == module._RUNS * [(stage, 0)]
+    assert made_up_gpu.launches == module._RUNS - 1
 
 
 def test_version_and_names() -> None:
