@@ -134,10 +134,9 @@ class _View:
         return replace(self, axes=tuple(axes), offset=self.offset + start * chosen[1])
 
     def drop(self, axis: int) -> _View | None:
-        """Without an axis of one channel; None for any other axis."""
+        """Without an axis of one channel; None for an axis of something else."""
         axes = list(self.axes)
-        dropped = axes.pop(axis)
-        return None if isinstance(dropped, str) or dropped[0] != 1 else replace(self, axes=tuple(axes))
+        return None if isinstance(axes.pop(axis), str) else replace(self, axes=tuple(axes))
 
 
 def _view(tensor: gs.Tensor) -> _View | None:
@@ -160,9 +159,7 @@ def _through_reshape(view: _View, node: gs.Node, output: gs.Tensor) -> _View | N
     before, after, last = dims(node.inputs[0]) or [], dims(output) or [], view.axes[-1]
     kept = len(before) - 1
     sizes = [size for size in after[kept:] if isinstance(size, int)]
-    if isinstance(last, str) or any(map(is_made_up, before[:kept])) or before[:kept] != after[:kept]:
-        return None
-    if len(sizes) != len(after) - kept or math.prod(sizes) != last[0]:
+    if isinstance(last, str) or any(map(is_made_up, before[:kept])) or before[:kept] != after[:kept] or len(sizes) < len(after) - kept:
         return None
     strides = [*accumulate([last[1], *reversed(sizes[1:])], mul)][::-1]
     return replace(view, axes=(*view.axes[:kept], *zip(sizes, strides, strict=True)))

@@ -1,7 +1,8 @@
 """Plans for TensorRT and TensorRT-RTX: one engine a stage, from typed graphs.
 
-Both libraries have one Python interface. TensorRT builds on the target GPU alone, and tunes by timing; TensorRT-RTX builds
-anywhere, for a compute capability by name, and compiles its kernels for good on the target.
+Both libraries have one Python interface. TensorRT builds on the target GPU alone, and tunes by timing, the FlashAttention plugin
+against its own attention included; TensorRT-RTX builds anywhere, for a compute capability by name, and compiles its kernels for good
+on the target.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _PLUGIN_SM = 80
 """The oldest compute capability, 8.0, that the FlashAttention plugin is compiled for."""
 
 _RUNS = 50
-"""Of an engine, to time it."""
+"""How often an engine is run to time it."""
 
 
 class _TensorRtBackend(ABC):
@@ -208,7 +209,7 @@ class _TensorRt(_TensorRtBackend):
                 gc.collect()  # an engine and its contexts refer to one another, and the next needs their memory
         except (SmcError, ImportError, ValueError, OSError) as error:
             why_not = str(error)
-            job.report(f"the {stage} keeps TensorRT's own attention: {why_not}", middle)
+            job.report(f"the {stage} keeps TensorRT's own attention: {why_not}", end)
         taken = min(milliseconds, key=milliseconds.__getitem__, default="native")
         engine, layers = built[taken]
         return engine, layers | {"attention": {"taken": taken, "milliseconds": milliseconds, "why_not": why_not}}

@@ -3,7 +3,7 @@
 It runs on a GPU and, with TRITON_INTERPRET=1 set before triton is first imported, on the CPU.
 
 One program makes BLOCK_M rows of one head's output. It goes once over the keys and values, BLOCK_N at a time, and keeps for each
-row the running maximum, LANES running sums and the weighted sum of values, all float32. The exponentials are powers of two, which
+row the running maximum, the running sum and the weighted sum of values, all float32. The exponentials are powers of two, which
 is what the hardware has. Only the last, partial tile of keys is masked.
 """
 
@@ -19,9 +19,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-
-LANES = tl.constexpr(8)
-"""Weights are summed by key modulo this. In the tensor cores' layout those keys are in one thread, so no step adds across threads."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def _step(acc, total, peak, q, k, k_row, v, v_row, cos_k, sin_k, left, SCALE, D:
     higher = tl.maximum(peak, tl.max(scores, 1) * SCALE)
     weights = tl.exp2(scores * SCALE - higher[:, None])
     rescale = tl.exp2(peak - higher)
-    total = total * rescale[:, None] + tl.sum(weights.reshape((weights.shape[0], BLOCK_N // LANES, LANES)), 1)
+    total = total * rescale + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None])
     return acc, total, higher
 
@@ -134,7 +131,7 @@ def flash_attention(
 
     queries = _load_rotated(q, q_row, cos_q, sin_q, n - first_row, BLOCK_M, D, True)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
-    total = tl.zeros((BLOCK_M, LANES), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for start in range(0, m // BLOCK_N * BLOCK_N, BLOCK_N):
         acc, total, peak = _step(acc, total, peak, queries, k, k_row, v, v_row, cos_k, sin_k, m - start, SCALE, D, BLOCK_N, False)
@@ -147,7 +144,7 @@ def flash_attention(
     if left > 0:
         acc, total, peak = _step(acc, total, peak, queries, k, k_row, v, v_row, cos_k, sin_k, left, SCALE, D, BLOCK_N, True)
 
-    normalizer = 1.0 / tl.sum(total, 1)  # one division a row, not one an element
+    normalizer = 1.0 / total  # one division a row, not one an element
     rows = tl.arange(0, BLOCK_M)[:, None]
     pointers = out + (rows * (heads * D) + tl.arange(0, D)[None, :])
     tl.store(pointers, (acc * normalizer[:, None]).to(queries.dtype), mask=rows < n - first_row)

@@ -1,10 +1,10 @@
 """The operation as a plugin of the full TensorRT, its kernel compiled ahead of time into the engine. Not run on hardware.
 
 Written against NVIDIA's documentation of `tensorrt.plugin` (TensorRT 11.3, Python API: register, autotune, aot_impl) and its sample
-quickly_deployable_plugins, and run through the Python layer of that module. "The plugin computation is already part of the engine",
-says that sample: an engine that holds these plugins needs neither Python nor Triton, nor any registration, to run. An ONNX node finds its plugin
-by its operation's name and by two attributes beside the operation's own, which TensorRT's parser reads: plugin_namespace = "smc" and
-aot = 1. The model must not carry the function of `onnx_function`, which the parser would take instead.
+quickly_deployable_plugins. In the words of that sample, "the plugin computation is already part of the engine": an engine that holds
+these plugins needs neither Python nor Triton to run, and nothing registered. An ONNX node finds its plugin by its operation's name
+and by two attributes beside the operation's own, which TensorRT's parser reads: plugin_namespace = "smc" and aot = 1. The model
+must not carry the function of `onnx_function`, which the parser would take instead.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # No `from __future__ import annotations`: TensorRT reads the annotations as classes.

@@ -50,11 +50,28 @@ def slices_of_parts(b: Builder, x: str) -> list[str]:
     return [b.op("Squeeze", b.op("Slice", parts, *bound, np.array([0])), np.array([0])) for bound in bounds]
 
 
+def split_twice(b: Builder, x: str) -> list[str]:
+    q, pair = b.op("Split", x, np.array([CHANNELS, 2 * CHANNELS]), outputs=2, axis=-1)
+    return [split_heads(b, part) for part in (q, *b.split(pair, 2, -1))]
+
+
+def regrouped(b: Builder, x: str) -> list[str]:
+    """Attention within pairs of tokens, each an image of its own: batch and tokens are others than the projection's."""
+    pairs = b.op("Reshape", x, np.array([-1, 2, 3 * CHANNELS]))
+    return [split_heads(b, part) for part in b.split(pairs, 3, -1)]
+
+
+def of_odd_rows(b: Builder, x: str) -> list[str]:
+    wider = b.op("Concat", x, channels(b, x, 0, 8), axis=-1)
+    return [split_heads(b, channels(b, wider, i * CHANNELS, (i + 1) * CHANNELS)) for i in range(3)]
+
+
 IN_PLACE: dict[str, Parts] = {
     "slices of parts": slices_of_parts,
     "indices of parts": lambda b, x: [b.op("Gather", taken_apart(b, x), np.array(i), axis=0) for i in (0, 1, -1)],
     "split parts": lambda b, x: [b.op("Squeeze", part, np.array([0])) for part in b.split(taken_apart(b, x), 3, 0)],
     "split channels": lambda b, x: [split_heads(b, part) for part in b.split(x, 3, -1)],
+    "split twice": split_twice,
     "slices of channels": lambda b, x: [
         split_heads(b, channels(b, x, start, end)) for start, end in ((0, CHANNELS), (CHANNELS, 2 * CHANNELS), (-CHANNELS, 2**63 - 1))
     ],
@@ -67,6 +84,7 @@ COPIED: dict[str, Parts] = {
         for i in range(3)
     ],
     "not a multiple of 16": lambda b, x: [split_heads(b, channels(b, x, 8 + i, 8 + i + CHANNELS)) for i in range(3)],
+    "rows not a multiple of 16": of_odd_rows,
     "heads of neighbours": lambda b, x: [
         b.op("Transpose", b.op("Reshape", part, np.array([0, 0, SIZE, HEADS])), perm=[0, 3, 1, 2]) for part in b.split(x, 3, -1)
     ],
@@ -131,6 +149,17 @@ def test_other_operands_are_laid_out_first(name: str) -> None:
     assert offsets(plugin(graph)) == [0, 0, 0]
     assert [list(tensor.shape) for tensor in plugin(graph).inputs] == 3 * [["batch", "tokens", CHANNELS]]
     assert_same(model, runnable(graph), {"x": normal(2, 7, 16, dtype=HALF)}, tolerance=TOLERANCE)
+
+
+def test_a_batch_that_is_not_the_projections() -> None:
+    b = Builder()
+    x = b.input("x", [2, 6, 16], HALF)
+    out = b.op("Attention", *regrouped(b, project(b, x)), name="attend", scale=SCALE)
+    b.output(b.op("Reshape", out, np.array([2, 6, CHANNELS])), HALF)
+    model = b.model()
+    graph, _ = apply(model, AttentionPlugin())
+    assert [list(tensor.shape) for tensor in plugin(graph).inputs] == 3 * [[6, 2, 3 * CHANNELS]]
+    assert_same(model, runnable(graph), {"x": normal(2, 6, 16, dtype=HALF)}, tolerance=TOLERANCE)
 
 
 def test_rotated_operands_are_laid_out_and_the_values_read_in_place() -> None:
