@@ -317,6 +317,9 @@ def _layers_table(stage: str, plan: Any, every: bool) -> Table:
         f"workspace at most {plan['workspace_limit_bytes'] / 2**30:,.1f} GiB"
     )
     title = f"{stage}: {len(plan['layers'])} layers; {memory}"
+    if timed := plan.get("attention"):
+        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in timed["milliseconds"].items())
+        title += f"; attention: {timed['taken']} ({times or timed['why_not']})"
     if not every:
         table = Table("layer", "precision", "count", title=title, title_justify="left", box=None, pad_edge=False)
         for total in plan["totals"]:

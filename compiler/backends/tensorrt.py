@@ -217,11 +217,11 @@ class _TensorRt(_TensorRtBackend):
     def _time(self, trt: Any, stage: str, engine: Any, job: PlanJob) -> float:
         """Milliseconds of a run as the runtime does it, at the usual shapes, copies of the inputs included: the median."""
         from smc.exported.engines import cuda_memory
-        from smc.exported.engines.tensorrt import _Stage
+        from smc.exported.engines.tensorrt import Stage
 
         cuda_memory.use_device(_require_device(job.target).index)
         log = make_log(trt, job.verbose)
-        loaded = _Stage(stage, self._library, trt, log, trt.Runtime(log), memoryview(engine))
+        loaded = Stage(stage, self._library, trt, log, trt.Runtime(log), memoryview(engine))
         random = np.random.default_rng(0)
         inputs = {}
         for name in loaded.inputs:

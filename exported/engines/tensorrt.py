@@ -54,7 +54,7 @@ class TensorRtEngine:
         # A plan may hold programs for the CPU, which run as the user; this is the default, and stays so.
         runtime.engine_host_code_allowed = False
         self._encoder, self._decoder = (
-            _Stage(stage, library, trt, log, runtime, files[manifest.stages[stage]]) for stage in ("encoder", "decoder")
+            Stage(stage, library, trt, log, runtime, files[manifest.stages[stage]]) for stage in ("encoder", "decoder")
         )
         _check_features(self._encoder, self._decoder)
 
@@ -126,14 +126,14 @@ def _converted(images: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return to_bytes(images) if dtype == np.uint8 else to_unit_range(images)
 
 
-def _check_features(encoder: _Stage, decoder: _Stage) -> None:
+def _check_features(encoder: Stage, decoder: Stage) -> None:
     """Raise BackendFailed unless the decoder takes features of the type that the encoder gives: they are passed on as bytes."""
     made, taken = [encoder.dtypes[name] for name in encoder.outputs], [decoder.dtypes[name] for name in decoder.inputs]
     if taken != 2 * made:
         raise BackendFailed(f"the encoder gives {made} and the decoder takes {taken}", fix="build the bundle again")
 
 
-class _Stage:
+class Stage:
     """One engine, and its execution contexts, each for one set of input shapes.
 
     NVIDIA's advice is one context a captured graph: other shapes, or another profile, would make the graph invalid.
@@ -260,7 +260,7 @@ def _sizes(shape: tuple[int, ...]) -> str:
 class _Context:
     """An execution context for one set of input shapes, with a stream and buffers of its own. For one thread at a time."""
 
-    def __init__(self, stage: _Stage, shapes: Shapes, profile: int) -> None:
+    def __init__(self, stage: Stage, shapes: Shapes, profile: int) -> None:
         self.shapes, self._stage = shapes, stage
         self._stream = cuda.Stream()
         self._graph: cuda.Graph | None = None
