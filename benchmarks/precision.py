@@ -33,7 +33,7 @@ def main() -> None:
     width, height = map(int, options.shape.split("x"))
     source = OnnxSource(*(options.bundle / f"{stage}.onnx" for stage in STAGES))
     (pair,) = verify.sample_pairs([(height, width)])
-    reference = source.run(pair)
+    (reference,) = source.run([pair], lambda what, done: None)
 
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("onnxruntime", "onnx-graphsurgeon"))
     print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, Python {platform.python_version()}, {versions}.")

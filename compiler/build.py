@@ -16,10 +16,10 @@ import msgspec
 
 from smc.compiler import verify
 from smc.compiler.backends import Backend, choose_backend
-from smc.compiler.backends.plan_job import PlanJob
+from smc.compiler.backends.plan_job import PlanJob, Precision
 from smc.compiler.bundle_writer import Staging, prepare_target, sweep_stale, target_lock
 from smc.compiler.packages import require_packages
-from smc.compiler.pipeline import PIPELINES, PipelineTask, Precision
+from smc.compiler.reports import PASSES, StageReport
 from smc.compiler.source import STAGES, CheckpointSource, OnnxSource, Source
 from smc.compiler.targets import Target, find_target
 from smc.compiler.verify import Outputs, SamplePair
@@ -33,7 +33,7 @@ from smc.version import VERSION
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from smc.compiler.optimize import StageReport
+    from smc.compiler.graph_files import GraphDumper
 
 TRAINED_SHAPES = tuple(
     shape for long, short in ((512, 384), (512, 336), (512, 288), (512, 256), (512, 160)) for shape in ((short, long), (long, short))
@@ -41,7 +41,6 @@ TRAINED_SHAPES = tuple(
 """The (H, W) input shapes that the public checkpoint was trained with, landscape and portrait."""
 
 RECORDED = "reference.npz"
-PASSES = "passes.json"
 
 Report = Callable[[str, float], None]
 """Told what the build is doing and which fraction of it is done."""
@@ -113,10 +112,11 @@ def build(request: BuildRequest, report: Report = lambda description, fraction: 
     _check_request(request)
     target = find_target(request.gpu)
     backend = choose_backend(target, request.backend)
-    _choose_precision(request, backend)
-    require_packages("building", ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors"))
+    _choose_precision(request, backend, target)
+    require_packages("building", ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors", "platformdirs"))
     _check_inputs(request)
     out = prepare_target(request.out)
+    dumper = _make_dumper(request.dump_graphs, out, target)
     clock = _Clock(report)
     with target_lock(out, request.wait, on_wait=lambda: clock.phase("waiting", f"waiting for another build of {out.name}", 0)):
         sweep_stale(out)
@@ -124,9 +124,9 @@ def build(request: BuildRequest, report: Report = lambda description, fraction: 
         source = _open_source(request)
         job = _Build(request, source, target, backend, clock)
         key = job.key()
-        if not request.force and (manifest := _up_to_date(out, key)):
+        if not request.force and dumper is None and (manifest := _up_to_date(out, key)):
             return BuildResult(out, manifest, reused=True)
-        return job.run(out, key, source)
+        return job.run(out, key, source, dumper)
 
 
 class _Build:
@@ -134,7 +134,7 @@ class _Build:
 
     def __init__(self, request: BuildRequest, source: Source, target: Target, backend: Backend, clock: _Clock) -> None:
         self.request, self.target, self.backend, self.clock = request, target, backend, clock
-        self.precision = _choose_precision(request, backend)
+        self.precision = _choose_precision(request, backend, target)
         self.info, self.reference, self.shapes = source.info, source.reference, _choose_shapes(request, source)
 
     def key(self) -> str:
@@ -156,16 +156,13 @@ class _Build:
         }
         return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
 
-    def run(self, out: Path, key: str, source: Source) -> BuildResult:
+    def run(self, out: Path, key: str, source: Source, dumper: GraphDumper | None) -> BuildResult:
         graphs = {stage: f"{stage}.onnx" for stage in STAGES}
         pairs = list(verify.sample_pairs(self.shapes))
         with Staging(out) as staging:
             exported = source.export(self.clock.within("export", 0.03, 0.3))
-            references = []
-            for i, pair in enumerate(pairs):
-                self.clock.phase("reference", f"float32 reference, {pair.title}", 0.3 + 0.1 * i / len(pairs))
-                references.append(source.run(pair))
-            reports = self._write_graphs(exported, pairs, references, staging)
+            references = source.run(pairs, self.clock.within("reference", 0.3, 0.4))
+            reports = self._write_graphs(exported, pairs, references, staging, dumper)
             source.close()  # the plan is loaded next: the two are never in memory together
 
             verification = None
@@ -197,7 +194,8 @@ class _Build:
             )
             if self.backend.runs_here(self.target):
                 self.clock.phase("verify", "loading the plan", 0.9)
-                engine = engine_for(manifest, read_files(staging.path, files))
+                needed = {name: info for name, info in files.items() if name not in manifest.verify_only}
+                engine = engine_for(manifest, read_files(staging.path, needed))
                 verification = self._verify(engine, "plan", pairs, references, 0.92)
                 manifest = msgspec.structs.replace(manifest, verification=verification)
             staging.commit(manifest)
@@ -212,16 +210,19 @@ class _Build:
         return verify.TOLERANCES[self.precision]
 
     def _write_graphs(
-        self, exported: dict[str, ir.Model], pairs: Sequence[SamplePair], references: Sequence[Outputs], staging: Staging
+        self,
+        exported: dict[str, ir.Model],
+        pairs: Sequence[SamplePair],
+        references: Sequence[Outputs],
+        staging: Staging,
+        dumper: GraphDumper | None,
     ) -> list[StageReport]:
         """Run the passes on both stages and write the typed graphs, with the report of what was done."""
-        from smc.compiler.graph_files import GraphDumper
         from smc.compiler.optimize import StageGraph
+        from smc.compiler.pipeline import PIPELINES, PipelineTask
         from smc.passes.hybrid_cast import UnmatchedPattern, check_patterns
 
         request = self.request
-        with staging.writing():
-            dumper = GraphDumper(request.dump_graphs) if request.dump_graphs is not None else None
         # The first pair calibrates: every other shape has the same images, and the same network.
         features = [references[0][name][None] for name in ("features1", "features2")]
         feeds = {"encoder": [[pairs[0].view1], [pairs[0].view2]], "decoder": [features]}
@@ -229,8 +230,7 @@ class _Build:
         for stage, start in zip(STAGES, (0.4, 0.45), strict=True):
             task = PipelineTask(stage, self.shapes, request.max_batch, self.precision, request.include, request.exclude)
             graphs[stage] = StageGraph(exported[stage], task, dumper, self.clock.within("optimize", start, start + 0.05))
-            with staging.writing():
-                graphs[stage].run(PIPELINES[self.backend.NAME])
+            graphs[stage].run(PIPELINES[self.backend.NAME])
         try:
             check_patterns([*request.include, *request.exclude], *(stage.graph for stage in graphs.values()))
         except UnmatchedPattern as error:
@@ -238,8 +238,8 @@ class _Build:
         reports = []
         for stage in STAGES:
             graph = graphs.pop(stage)
+            graph.cast(feeds[stage])
             with staging.writing() as directory:
-                graph.cast(feeds[stage])
                 reports.append(graph.write(directory))
         with staging.writing() as directory:
             (directory / PASSES).write_bytes(msgspec.json.format(msgspec.json.encode(reports)))
@@ -321,16 +321,21 @@ def _check_inputs(request: BuildRequest) -> None:
 
     if request.random_seed is not None:
         resolve_config(request.model or "large")
+    elif request.onnx is not None:
+        for path in request.onnx:
+            if not path.exists():
+                raise InputMissing(f"{path}: no such file", fix="give the encoder's and the decoder's .onnx files, in this order")
     elif request.checkpoint is not None and not os.path.exists(request.checkpoint):
         raise InputMissing(
             f"{request.checkpoint}: no such checkpoint", fix="give a .pth file, or the folder of model.safetensors and config.json"
         )
 
 
-def _choose_precision(request: BuildRequest, backend: Backend) -> Precision:
-    precision = request.precision or backend.PRECISIONS[0]
-    if precision not in backend.PRECISIONS:
-        raise UsageError(f"{backend.NAME} plans are {' or '.join(backend.PRECISIONS)}, not {precision!r}")
+def _choose_precision(request: BuildRequest, backend: Backend, target: Target) -> Precision:
+    possible = backend.precisions(target)
+    precision = request.precision or possible[0]
+    if precision not in possible:
+        raise UsageError(f"{backend.NAME} plans are {' or '.join(possible)} for {target.title}, not {precision!r}")
     if precision not in ("hybrid", "bf16") and (request.include or request.exclude):
         raise UsageError(
             f"a plan in {precision} has one type for everything, so patterns of nodes mean nothing",
@@ -360,13 +365,27 @@ def _open_source(request: BuildRequest) -> Source:
     return CheckpointSource(random_weights(resolve_config(request.model or "large"), request.random_seed))
 
 
+def _make_dumper(directory: Path | None, out: Path, target: Target) -> GraphDumper | None:
+    """What writes the graphs of all passes. Raises UsageError, CannotWrite."""
+    from smc.compiler.graph_files import GraphDumper
+
+    if directory is None:
+        return None
+    if target.sm is None:
+        raise UsageError("plans for CPUs are built without passes, so there is nothing to dump", fix="leave out --dump-graphs")
+    if directory.absolute() == out or out in directory.absolute().parents:
+        raise UsageError(f"{directory} lies in the bundle, which is replaced as a whole", fix="choose another --dump-graphs")
+    return GraphDumper(directory)
+
+
 def _up_to_date(out: Path, key: str) -> Manifest | None:
     """The manifest of a whole bundle with this key at `out`, if there is one."""
     try:
         bundle = open_bundle(out)
     except SmcError:
         return None
-    return bundle.manifest if bundle.manifest.build_key == key else None
+    whole = bundle.files.keys() == bundle.manifest.files.keys()
+    return bundle.manifest if whole and bundle.manifest.build_key == key else None
 
 
 class _Clock:

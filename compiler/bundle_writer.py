@@ -32,7 +32,7 @@ def prepare_target(target: Path) -> Path:
     Raises:
         CannotWrite: it cannot.
     """
-    with _disk_errors(target):
+    with disk_errors(target):
         # What lies beside the target is named after it, so it must have a name: `..` and `/` have none.
         target = target.absolute() if target.name not in ("", "..") else target.resolve()
         _check_replaceable(target)
@@ -97,7 +97,7 @@ def target_lock(target: Path, wait: bool, on_wait: Callable[[], None]) -> Iterat
 
 def sweep_stale(target: Path) -> None:
     """Remove what killed builds of this target left behind. Call it with the target's lock held."""
-    with _disk_errors(target):
+    with disk_errors(target):
         for stale in _beside(target, "old"):
             if target.exists():
                 shutil.rmtree(stale, ignore_errors=True)
@@ -126,7 +126,7 @@ class Staging:
         self.target = target
 
     def __enter__(self) -> Staging:
-        with _disk_errors(self.target):
+        with disk_errors(self.target):
             self.path = _make_staging(self.target)
         return self
 
@@ -136,13 +136,13 @@ class Staging:
     @contextmanager
     def writing(self) -> Iterator[Path]:
         """The directory to write files into; operating system errors inside become DiskError."""
-        with _disk_errors(self.target):
+        with disk_errors(self.target):
             yield self.path
 
     def seal(self) -> dict[str, FileInfo]:
         """Flush every file to disk; returns their sizes and hashes."""
         infos = {}
-        with _disk_errors(self.target):
+        with disk_errors(self.target):
             for file in sorted(self.path.iterdir()):
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
@@ -152,7 +152,7 @@ class Staging:
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and put the bundle in the target's place. If any of it fails, the target is as it was."""
-        with _disk_errors(self.target):
+        with disk_errors(self.target):
             with (self.path / MANIFEST_NAME).open("wb") as stream:
                 stream.write(encode_manifest(manifest))
                 stream.flush()
@@ -176,7 +176,8 @@ class Staging:
 
 
 @contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path, option: str = "--out") -> Iterator[None]:
+    """Turn what the system says of writing to `target`, which `option` named, into CannotWrite and DiskError."""
     try:
         yield
     except SmcError:
@@ -185,7 +186,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
         # Without a number it comes from a library whose write fell short: numpy's, of a full disk.
         midway = error.errno is None or error.errno in DISK_ERRNOS
         kind = DiskError if midway else CannotWrite
-        fix = "free disk space; nothing of this build was kept" if midway else "choose another --out"
+        fix = "free disk space; nothing of this build was kept" if midway else f"choose another {option}"
         raise kind(f"writing {target}: {error.strerror or error}", fix=fix) from error
 
 

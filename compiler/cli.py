@@ -200,7 +200,8 @@ def inspect(bundle: Path, layers: bool, as_json: bool) -> None:
     _add_bundle_rows(table, manifest)
     table.add_row("created", f"{manifest.created} by speedy-mast3r {manifest.tool_version}")
     for name, info in manifest.files.items():
-        table.add_row(name, f"{info.size:,} bytes, sha256 {info.sha256[:16]}...")
+        absent = "" if name in opened.files else ", left out of this copy"
+        table.add_row(name, f"{info.size:,} bytes, sha256 {info.sha256[:16]}...{absent}")
     _print_table(table)
     for stage in contents.passes:
         if stage.passes:
@@ -237,16 +238,17 @@ def targets(as_json: bool) -> None:
     def standing(target: Any) -> str:
         if target.refusal:
             return f"refused: {target.refusal}"
-        able = [name for name, why in refusals[target.name].items() if not why]
+        able = [
+            f"{backend.NAME} ({backend.CAVEAT})" if backend.CAVEAT else backend.NAME
+            for backend in BACKENDS
+            if not refusals[target.name][backend.NAME]
+        ]
         return ", ".join(able) or "none here: " + "; ".join(f"{name}: {why}" for name, why in refusals[target.name].items())
 
     table = Table("--gpu", "machine", "sm", "memory", "backends that can build for it here", box=None, pad_edge=False)
     for target in TARGETS.values():
         table.add_row(target.name, target.title, target.sm or "", f"{target.memory_gib} GiB" if target.memory_gib else "", standing(target))
     _print_table(table)
-    for backend in BACKENDS:
-        if backend.CAVEAT:
-            ERR.print(f"{backend.NAME}: {backend.CAVEAT}.")
 
 
 @cli.command()
@@ -313,22 +315,22 @@ def _passes_table(stage: Any, verbose: bool) -> Table:
 def _layers_table(stage: str, plan: Any, every: bool) -> Table:
     """A TensorRT network: how many layers of each kind and precision, or every layer by name."""
     memory = (
-        f"weights {plan['weight_bytes'] / 1e6:,.1f} MB, engine {plan['engine_bytes'] / 1e6:,.1f} MB, "
-        f"workspace at most {plan['workspace_limit_bytes'] / 2**30:,.1f} GiB"
+        f"weights {plan.weight_bytes / 1e6:,.1f} MB, engine {plan.engine_bytes / 1e6:,.1f} MB, "
+        f"workspace at most {plan.workspace_limit_bytes / 2**30:,.1f} GiB"
     )
-    title = f"{stage}: {len(plan['layers'])} layers; {memory}"
-    if timed := plan.get("attention"):
-        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in timed["milliseconds"].items())
-        title += f"; attention: {timed['taken']} ({times or timed['why_not']})"
+    title = f"{stage}: {len(plan.layers)} layers; {memory}"
+    if plan.attention is not None:
+        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in plan.attention.milliseconds.items())
+        title += f"; attention: {plan.attention.taken} ({times or plan.attention.why_not})"
     if not every:
         table = Table("layer", "precision", "count", title=title, title_justify="left", box=None, pad_edge=False)
-        for total in plan["totals"]:
-            table.add_row(total["type"], total["precision"], str(total["layers"]))
+        for total in plan.totals:
+            table.add_row(total.type, total.precision, str(total.layers))
         return table
     table = Table("name", "layer", "outputs", title=title, title_justify="left", box=None, pad_edge=False)
-    for layer in plan["layers"]:
-        outputs = (f"{out['type']} {'x'.join('?' if n is None else str(n) for n in out['shape'])}" for out in layer["outputs"])
-        table.add_row(_printable(layer["name"]), layer["type"], ", ".join(outputs))
+    for layer in plan.layers:
+        outputs = (f"{out.type} {'x'.join('?' if n is None else str(n) for n in out.shape)}" for out in layer.outputs)
+        table.add_row(_printable(layer.name), layer.type, ", ".join(outputs))
     return table
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from smc.compiler.graph_runner import GraphRunner, emulated
+from smc.compiler.graph_runner import GraphRunner
 from smc.exported.engines import Maps
 from smc.exported.images import to_bytes, to_unit_range
 
@@ -23,8 +23,8 @@ class GraphEngine:
     def __init__(self, graphs: Mapping[str, gs.Graph]) -> None:
         self._image = graphs["encoder"].inputs[0]
         self._features = [tensor.name for tensor in graphs["decoder"].inputs]
-        self._encoder = GraphRunner(emulated(graphs["encoder"]))
-        self._decoder = GraphRunner(emulated(graphs["decoder"]))
+        self._encoder = GraphRunner(graphs["encoder"])
+        self._decoder = GraphRunner(graphs["decoder"])
 
     def encode(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[Any]:
         pixels: NDArray[Any] = images

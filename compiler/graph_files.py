@@ -16,16 +16,21 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper
 
+from smc.compiler.bundle_writer import disk_errors
 from smc.exported.engines.onnxruntime import WEIGHTS_SUFFIX
-from smc.exported.errors import BadInput, InputMissing
+from smc.exported.errors import BadInput, BundleDamaged, InputMissing
 from smc.passes.base import GraphRefused
 from smc.passes.prepare import prepare
 
 _SMALL = 1024  # bytes; smaller weights stay in the graph's own file
 
 
-def import_graph(model: ir.Model) -> gs.Graph:
+def import_graph(model: ir.Model, name: str) -> gs.Graph:
     """The graph that passes work on. Its weights are the model's own memory: leave the model as it is meanwhile.
+
+    Args:
+        model: what an exporter made.
+        name: what messages call it, and the graph's name.
 
     Raises:
         BadInput: the passes cannot work on this model.
@@ -42,9 +47,11 @@ def import_graph(model: ir.Model) -> gs.Graph:
             value.const_value = None
             light.graph.inputs.append(value)
     try:
-        return prepare(ir.to_proto(light), weights)
+        graph = prepare(ir.to_proto(light), weights)
     except GraphRefused as error:
-        raise BadInput(f"{model.graph.name or 'the graph'}: {error}") from error
+        raise BadInput(f"{name}: {error}") from error
+    graph.name = name
+    return graph
 
 
 def read_onnx(path: Path) -> ir.Model:
@@ -69,7 +76,10 @@ def read_onnx(path: Path) -> ir.Model:
     except BadInput:
         raise
     except Exception as error:  # protobuf's and onnx_ir's, of many kinds
-        raise BadInput(f"{path}: not an ONNX model that can be used ({type(error).__name__}: {str(error)[:300]})") from error
+        raise BadInput(
+            f"{path}: not an ONNX model that can be used ({type(error).__name__}: {str(error)[:300]})",
+            fix="copy the file and its weights into one folder, without links (cp -L)" if "outside the base" in str(error) else "",
+        ) from error
     return model
 
 
@@ -80,7 +90,17 @@ def write_graph(graph: gs.Graph, directory: Path, name: str) -> None:
 
 
 def read_graph(files: Mapping[str, memoryview], name: str) -> gs.Graph:
-    """A graph that `write_graph` wrote, from the verified contents of a bundle's files; its weights are those very bytes."""
+    """A graph that `write_graph` wrote, from the verified contents of a bundle's files; its weights are those very bytes.
+
+    Raises BundleDamaged where it is none.
+    """
+    try:
+        return _read_graph(files, name)
+    except Exception as error:  # protobuf's, NumPy's, onnx's: the bytes are whole, but not what a build writes
+        raise BundleDamaged(f"{name}.onnx: not a graph that a build wrote ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def _read_graph(files: Mapping[str, memoryview], name: str) -> gs.Graph:
     model = onnx.load_model_from_string(bytes(files[f"{name}.onnx"]))
     weights: dict[str, NDArray[np.generic]] = {}
     inline = []
@@ -112,20 +132,27 @@ class GraphDumper:
     """
 
     def __init__(self, directory: Path) -> None:
+        """Make the directory. Raises CannotWrite, DiskError."""
         self._directory = directory
-        (directory / "weights").mkdir(parents=True, exist_ok=True)
+        with disk_errors(directory, "--dump-graphs"):
+            (directory / "weights").mkdir(parents=True, exist_ok=True)
 
     def dump(self, stage: str, number: int, name: str, graph: gs.Graph) -> None:
+        """Write one graph. Raises CannotWrite, DiskError."""
         model = gs.export_onnx(graph, do_type_check=False)
-        for tensor in model.graph.initializer:
-            if len(tensor.raw_data) > _SMALL:
-                self._move_out(tensor)
-        onnx.save_model(model, self._directory / f"{stage}-{number:02}-{name}.onnx")
+        with disk_errors(self._directory, "--dump-graphs"):
+            for tensor in model.graph.initializer:
+                if len(tensor.raw_data) > _SMALL:
+                    self._move_out(tensor)
+            onnx.save_model(model, self._directory / f"{stage}-{number:02}-{name}.onnx")
 
     def _move_out(self, tensor: TensorProto) -> None:
         location = f"weights/{hashlib.sha256(tensor.raw_data).hexdigest()[:32]}"
         file = self._directory / location
         if not file.exists():
-            file.write_bytes(tensor.raw_data)
+            # Under another name until it is whole: the name says that the contents are.
+            partial = file.with_suffix(".partial")
+            partial.write_bytes(tensor.raw_data)
+            partial.replace(file)
         external_data_helper.set_external_data(tensor, location, offset=0, length=len(tensor.raw_data))
         tensor.ClearField("raw_data")

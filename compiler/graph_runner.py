@@ -48,8 +48,9 @@ class GraphRunner:
             OutOfMemory: the weights do not fit into memory.
         """
         self._name = graph.name or "graph"
+        self.inputs = [tensor.name for tensor in graph.inputs]
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # the exception says it all
         if threads is not None:
             options.intra_op_num_threads = threads
         if not optimize:

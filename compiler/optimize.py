@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from smc.compiler.graph_files import GraphDumper, import_graph, write_graph
 from smc.compiler.pipeline import Pipeline, PipelineTask, fixed_dims
+from smc.compiler.reports import PassSummary, StageReport
 from smc.exported.errors import BadInput
 from smc.exported.images import to_bytes
 from smc.passes.base import GraphRefused, Pass, PassReport
@@ -21,24 +21,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Report = Callable[[str, float], None]
-
-
-class PassSummary(msgspec.Struct, frozen=True):
-    """What one pass did. `declined`: (node, why); `islands`: (node, why it stays in float32), of HybridCast."""
-
-    name: str
-    rewrites: int
-    nodes_before: int
-    nodes_after: int
-    declined: list[tuple[str, str]]
-    islands: list[tuple[str, str]]
-
-
-class StageReport(msgspec.Struct, frozen=True):
-    """What the passes did to a stage's graph."""
-
-    stage: str
-    passes: list[PassSummary]
 
 
 class StageGraph:
@@ -56,7 +38,7 @@ class StageGraph:
         Raises:
             BadInput: the passes cannot work on this graph.
         """
-        self.graph = import_graph(model)
+        self.graph = import_graph(model, task.stage)
         self._task, self._dumper, self._report = task, dumper, report
         self._passes: list[PassSummary] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,8 +42,8 @@ class Source(Protocol):
     def export(self, report: Report) -> dict[str, ir.Model]:
         """The float32 graphs of the stages; their weights may share memory with the source."""
 
-    def run(self, pair: verify.SamplePair) -> verify.Outputs:
-        """Features and maps of a pair in float32, by the source's own means."""
+    def run(self, pairs: Sequence[verify.SamplePair], report: Report) -> list[verify.Outputs]:
+        """Features and maps of pairs in float32, by the source's own means."""
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -74,14 +74,18 @@ class CheckpointSource:
         report("exporting the decoder", 0.4)
         return {"encoder": encoder, "decoder": export_decoder(self._model)}
 
-    def run(self, pair: verify.SamplePair) -> verify.Outputs:
+    def run(self, pairs: Sequence[verify.SamplePair], report: Report) -> list[verify.Outputs]:
         import torch
 
-        with torch.inference_mode():
-            features1, features2 = (self._model.encode(torch.from_numpy(view)) for view in (pair.view1, pair.view2))
-            maps = self._model.decode(features1, features2)
-        named = {"features1": features1, "features2": features2, **maps}
-        return {name: np.ascontiguousarray(value[0].numpy()) for name, value in named.items()}
+        outputs = []
+        for i, pair in enumerate(pairs):
+            report(f"float32 reference, {pair.title}", i / len(pairs))
+            with torch.inference_mode():
+                features1, features2 = (self._model.encode(torch.from_numpy(view)) for view in (pair.view1, pair.view2))
+                maps = self._model.decode(features1, features2)
+            named = {"features1": features1, "features2": features2, **maps}
+            outputs.append({name: np.ascontiguousarray(value[0].numpy()) for name, value in named.items()})
+        return outputs
 
     def close(self) -> None:
         del self._model
@@ -99,6 +103,7 @@ class OnnxSource:
         from smc.compiler.graph_files import parameter_count, read_onnx
 
         self._models = {"encoder": read_onnx(encoder), "decoder": read_onnx(decoder)}
+        self._names = {"encoder": encoder.name, "decoder": decoder.name}
         _check_interface(encoder, self._models["encoder"], inputs=1, outputs=None)
         _check_interface(decoder, self._models["decoder"], inputs=2, outputs=MAPS)
         self.reference = "the ONNX files in ONNX Runtime, not optimised"
@@ -114,21 +119,34 @@ class OnnxSource:
     def export(self, report: Report) -> dict[str, ir.Model]:
         return dict(self._models)
 
-    def run(self, pair: verify.SamplePair) -> verify.Outputs:
+    def run(self, pairs: Sequence[verify.SamplePair], report: Report) -> list[verify.Outputs]:
+        """Raises BadInput where the maps are not of the types and shapes that they should be; BackendFailed where the graphs fail."""
         from smc.compiler.graph_files import import_graph
         from smc.compiler.graph_runner import GraphRunner
 
-        encoder, decoder = (import_graph(self._models[stage]) for stage in STAGES)
-        image = encoder.inputs[0].name
-        runner = GraphRunner(encoder)
-        features = [next(iter(runner.run({image: view}).values())) for view in (pair.view1, pair.view2)]
-        del runner
-        maps = GraphRunner(decoder).run(dict(zip([value.name for value in decoder.inputs], features, strict=True)))
-        named = {"features1": features[0], "features2": features[1], **maps}
-        return {name: np.asarray(value)[0] for name, value in named.items()}
+        encoder, decoder = (GraphRunner(import_graph(self._models[stage], self._names[stage])) for stage in STAGES)
+        outputs = []
+        for i, pair in enumerate(pairs):
+            report(f"float32 reference, {pair.title}", i / len(pairs))
+            features = [next(iter(encoder.run({encoder.inputs[0]: view}).values())) for view in (pair.view1, pair.view2)]
+            maps = decoder.run(dict(zip(decoder.inputs, features, strict=True)))
+            for name in MAPS:
+                _check_map(self._names["decoder"], name, maps[name], pair.shapes[int(name[-1]) - 1])
+            named = {"features1": features[0], "features2": features[1], **maps}
+            outputs.append({name: np.asarray(value)[0] for name, value in named.items()})
+        return outputs
 
     def close(self) -> None:
-        del self._models
+        self._models.clear()
+
+
+def _check_map(file: str, name: str, value: Any, shape: tuple[int, int]) -> None:
+    channels = {"pts3d": (3,), "conf": (), "desc_conf": (), "desc": None}[name[:-1]]
+    fits = value.shape[1:] == (*shape, *channels) if channels is not None else value.ndim == 4 and value.shape[1:3] == shape
+    if value.dtype != np.float32 or not fits:
+        height, width = shape
+        wanted = f"(1, {height}, {width}" + {"pts3d": ", 3", "desc": ", D"}.get(name[:-1], "") + ")"
+        raise BadInput(f"{file}: its output {name} is {value.dtype} {value.shape}; float32 {wanted} was expected")
 
 
 def _image_input(encoder: ir.Model) -> Any:

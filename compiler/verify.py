@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import io
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from smc.compiler.packages import require_packages
 from smc.exported.bundle import Bundle
 from smc.exported.engines import Engine, load_engine
-from smc.exported.errors import AccuracyFailed, BundleMismatch, NoTarget
+from smc.exported.errors import AccuracyFailed, BackendFailed, BundleDamaged, BundleMismatch, InputMissing, NoTarget
 from smc.exported.images import ImageSource, load_view
 from smc.exported.manifest import OutputError, PairReport, Shape, Tolerance, Verification
 from smc.exported.matching import fast_reciprocal_nn
@@ -58,7 +59,7 @@ class SamplePair:
 
 
 def sample_pairs(shapes: Sequence[InputShape], images: tuple[ImageSource, ImageSource] | None = None) -> Iterator[SamplePair]:
-    """A real pair in the first shape, then pairs that use every other shape once, so that mixed shapes occur as well.
+    """A real pair in the first shape, then pairs of two shapes that use every other one once.
 
     Args:
         shapes: (H, W) input shapes.
@@ -66,7 +67,7 @@ def sample_pairs(shapes: Sequence[InputShape], images: tuple[ImageSource, ImageS
     """
     pairs = [(shapes[0], shapes[0])]
     rest = list(shapes[1:])
-    pairs += [(rest[i], rest[min(i + 1, len(rest) - 1)]) for i in range(0, len(rest), 2)]
+    pairs += [(rest[i], rest[i + 1] if i + 1 < len(rest) else shapes[0]) for i in range(0, len(rest), 2)]
     with contextlib.ExitStack() as stack:
         if images is None:
             folder = importlib.resources.files("smc.examples")
@@ -87,7 +88,9 @@ def run_engine(engine: Engine, pair: SamplePair) -> Outputs:
 
 
 def compare(reference: Outputs, plan: Outputs, shapes: tuple[InputShape, InputShape]) -> PairReport:
-    """Errors of every output, and of the matches that come out of the descriptors."""
+    """Errors of every output, and of the matches that come out of the descriptors. Raises BackendFailed where an output is missing."""
+    if reference.keys() != plan.keys():
+        raise BackendFailed(f"the outputs differ: {', '.join(sorted(reference.keys() ^ plan.keys()))} on one side only")
     wanted = match_set(reference)
     found = match_set(plan)
     union = len(wanted | found)
@@ -156,9 +159,15 @@ def verify_bundle(bundle: Bundle, report: Report, images: tuple[ImageSource, Ima
         The report; pass it to `check` to gate on it.
 
     Raises:
+        InputMissing: the bundle is a deployment, without the files for verification.
         NoTarget: other images were given, and there is neither a machine for the plan nor a float32 graph.
     """
     manifest = bundle.manifest
+    if left_out := sorted(set(manifest.files) - set(bundle.files)):
+        raise InputMissing(
+            f"{bundle.path}: files for verification were left out of this copy ({', '.join(left_out)})",
+            fix="verify the bundle where it was built, or copy all of it",
+        )
     pairs = list(sample_pairs(manifest.input_shapes, images))
     engine: Engine | None = None
     subject: Literal["plan", "graph"] = "plan"
@@ -180,6 +189,10 @@ def verify_bundle(bundle: Bundle, report: Report, images: tuple[ImageSource, Ima
     elif images is None:
         reference = manifest.verification.reference
         references = load_outputs(bundle.files[manifest.recorded])
+        if len(references) != len(pairs):
+            raise BundleDamaged(
+                f"outputs of {len(references)} pairs are recorded, {len(pairs)} were expected", fix="build the bundle again"
+            )
     else:
         reference = f"the {manifest.precision} graph in ONNX Runtime, not optimised"
         references = [run_engine(_graph_engine(bundle), pair) for pair in pairs]
@@ -234,12 +247,15 @@ def save_outputs(file: Path, outputs: Sequence[Outputs]) -> None:
 
 
 def load_outputs(data: memoryview) -> list[Outputs]:
-    """What `save_outputs` recorded."""
+    """What `save_outputs` recorded. Raises BundleDamaged where it is something else."""
     pairs: dict[int, Outputs] = {}
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        for key in arrays.files:
-            number, _, name = key.partition(".")
-            pairs.setdefault(int(number), {})[name] = arrays[key]
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            for key in arrays.files:
+                number, _, name = key.partition(".")
+                pairs.setdefault(int(number), {})[name] = arrays[key]
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise BundleDamaged(f"the recorded outputs cannot be read ({error})", fix="build the bundle again") from error
     return [pairs[number] for number in sorted(pairs)]
 
 

@@ -42,7 +42,7 @@ def open_bundle(path: str | os.PathLike[str], *, everything: bool = True) -> Bun
 
     Args:
         path: the bundle's directory.
-        everything: False leaves out the files that only verification needs, which a deployment may lack.
+        everything: also read the files that only verification needs, as far as they are there: a deployment may lack them.
 
     Raises:
         InputMissing: there is no bundle, or it cannot be read.
@@ -102,7 +102,9 @@ def read_files(path: Path, files: Mapping[str, FileInfo]) -> dict[str, memoryvie
 
 def _read_bundle(path: Path, directory: int) -> Bundle:
     manifest = _read_manifest(path, directory)
-    return Bundle(path, manifest, _read_files(path, directory, manifest.files))
+    present = set(os.listdir(directory))
+    wanted = {name: info for name, info in manifest.files.items() if name in present or name not in manifest.verify_only}
+    return Bundle(path, manifest, _read_files(path, directory, wanted))
 
 
 def _read_plan(path: Path, directory: int) -> Bundle:

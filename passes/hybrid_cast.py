@@ -57,6 +57,9 @@ _SENSITIVE = {
 }
 """Operations that stay in float32, and why."""
 
+_NO_BFLOAT16 = {"ConvTranspose": "TensorRT-RTX has no bfloat16 kernel for it"}
+"""Operations that float16 may run and bfloat16 may not, and why. Found with TensorRT-RTX 1.7.1 for sm 8.0, 8.6, 8.9 and 12.0."""
+
 _ANY_DIM = 32
 """Stands for a dynamic dimension's size where amounts of data are compared."""
 
@@ -131,6 +134,7 @@ class HybridCast(Pass):
        eight bits would cost the accuracy that the island is to save. bfloat16 has float32's range and needs no such islands.
     5. Products whose weights do not fit float16.
     6. A normalisation whose input is float32: the one Cast is behind it instead of before it.
+    7. Transposed convolutions, where the low type is bfloat16.
 
     Other normalisations take low operands and compute their statistics in float32, which is the default of their stash_type. Attention
     takes low operands too: its softmax is in float32 in every fused kernel, and TensorRT refuses softmax_precision, which would say
@@ -346,6 +350,8 @@ class _Plan:
             return "some of its operands or results have another floating-point type"
         if node.domain not in ("", "ai.onnx", None) or not (known or from_shapes):
             return f"there is no rule for {node.op} in low precision"
+        if self._options.precision == "bf16" and node.op in _NO_BFLOAT16:
+            return _NO_BFLOAT16[node.op]
         if label(node) in self._included and known:
             return None
         if from_shapes and not moves:

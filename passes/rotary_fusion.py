@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from smc.passes.base import Pass, PassReport, Refusal, label
+from smc.passes.base import Declined, Pass, PassReport, Refusal, label
 from smc.passes.channels import LINEAR, Channel, Columns, Factor, LinearTrace
 from smc.passes.tensors import (
     Dim,
@@ -25,9 +25,12 @@ from smc.passes.tensors import (
     sole_reader,
     static_dim,
     transposition,
+    unscaled,
 )
 
 _ROTATED_TYPES = (np.dtype(np.float32), np.dtype(np.float16), onnx.TensorProto.BFLOAT16)
+_JOINS = frozenset({"Add", "Concat", "Mul", "Sub"})
+_REARRANGES = frozenset({"Cast", "Expand", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,18 @@ class RotaryFusion(Pass):
     differ the attention is left alone. The Gather disappears where it is the identity; `FoldPermutation` moves others into
     weights. x may be (B, heads, N, head_dim), (B, N, heads, head_dim) or (B, N, head_dim), with transposes, reshapes and casts
     that keep the last axis between the rotation and the attention.
+
+    Attentions whose q and k have nothing like a rotation near them are declined together, in one line.
     """
 
     def rewrite(self, graph: gs.Graph, report: PassReport) -> None:
         edit, columns = Editor(graph), Columns()
         tables = _Tables(edit, columns)
+        unrotated: list[gs.Node] = []
         for attention in [node for node in graph.nodes if node.op == "Attention"]:
+            if not any(_is_multiplied(operand) for operand in attention.inputs[:2]):
+                unrotated.append(attention)
+                continue
             with report.attempt(attention):
                 q, k = self._match(graph, attention, columns)
                 # All tables are made before anything changes, because that may refuse.
@@ -91,6 +100,10 @@ class RotaryFusion(Pass):
                     scale = attention.attrs.get("scale", len(q.order) ** -0.5)
                     attention.attrs["scale"] = scale * q.magnitude * k.magnitude
                 report.rewrites += 2
+        if unrotated:
+            others = f", nor those of {len(unrotated) - 1} more attentions" if len(unrotated) > 1 else ""
+            why = f"nothing multiplies its q or k by a table, as a rotation would{others}"
+            report.declined.append(Declined(label(unrotated[0]), why))
 
     def _match(self, graph: gs.Graph, attention: gs.Node, columns: Columns) -> tuple[_Rotation, _Rotation]:
         if any(rank(tensor) != 4 for tensor in attention.inputs[:2]):
@@ -102,6 +115,22 @@ class RotaryFusion(Pass):
         if q.order != k.order:
             raise Refusal("q and k are rotated in different pairs of channels")
         return q, k
+
+
+def _is_multiplied(operand: gs.Tensor) -> bool:
+    """Whether there is a product by more than one number, which no rotation is without, between an operand and its projection."""
+    seen, queue = {operand.name}, [operand]
+    for tensor in queue:  # grows while it is read
+        node = producer(tensor)
+        if node is None or node.op not in LINEAR | _REARRANGES:
+            continue
+        if node.op == "Mul" and unscaled(node) is None:
+            return True
+        for data in node.inputs if node.op in _JOINS else node.inputs[:1]:  # the others are indices, bounds and shapes
+            if data.name not in seen:
+                seen.add(data.name)
+                queue.append(data)
+    return False
 
 
 def _find_rotation(graph: gs.Graph, operand: gs.Tensor, columns: Columns, name: str) -> _Rotation:
@@ -127,7 +156,7 @@ def _carries_channels(node: gs.Node) -> bool:
         perm = transposition(node)
         return perm is not None and perm[-1] == len(perm) - 1
     if node.op in ("Unsqueeze", "Squeeze"):
-        axes = constant_value(node.inputs[1])
+        axes = constant_value(node.inputs[1]) if has_input(node, 1) else None
         longer = max(len(before), len(after))
         return axes is not None and all(axis % longer != longer - 1 for axis in axes.tolist())
     return node.op in ("Reshape", "Cast", "Identity")

@@ -25,7 +25,7 @@ Dim = int | str | None
 OPSET = 23
 """The first opset whose standard operations include Attention and RotaryEmbedding, and the oldest that passes work on."""
 
-_UNKNOWN = -(2**61) - 1  # stands for a dynamic dimension among the values of a Shape: no size, and no bound that a Slice uses
+_UNKNOWN = -(2**61) - 1  # stands for a dynamic dimension among the values of a Shape: no size, no index and no bound
 _MOVES = frozenset({"Concat", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 _COMPUTES = frozenset(
     {"Add", "Cast", "ConstantOfShape", "Div", "Equal", "Floor", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "Range", "Reciprocal", "Sqrt"}
@@ -181,10 +181,12 @@ def _evaluate(tensor: gs.Tensor) -> Array | None:
     if node.op not in _MOVES | _COMPUTES or len(node.outputs) != 1:
         return None
     values: dict[str, Array] = {}
-    for operand in node.inputs:
+    for i, operand in enumerate(node.inputs):
         if not operand.is_empty():
             value = _evaluate(operand)
-            if value is None or (node.op in _COMPUTES and _has_unknown(value)):
+            # Unknowns may be moved, but neither computed with nor taken for the indices, bounds, axes or shape of a movement.
+            is_moved = node.op == "Concat" or (node.op in _MOVES and i == 0)
+            if value is None or (_has_unknown(value) and not is_moved):
                 return None
             values[operand.name] = value
     return run_node(node, values)[0]

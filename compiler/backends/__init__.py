@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from smc.compiler.backends import onnxruntime, tensorrt
-from smc.compiler.backends.plan_job import PlanJob
-from smc.compiler.pipeline import Precision
+from smc.compiler.backends.plan_job import PlanJob, Precision
 from smc.compiler.targets import Target
 from smc.exported.errors import NoTarget, UsageError
 
@@ -16,13 +15,14 @@ class Backend(Protocol):
     """What a build side offers."""
 
     NAME: str
-    PRECISIONS: Sequence[Precision]
-    """What `--precision` may be, the default first."""
     CAVEAT: str
     """What a user should know before relying on it, or empty."""
 
     def refusal(self, target: Target) -> str:
         """Why plans for `target` cannot be built by this backend on this machine, or "" if they can."""
+
+    def precisions(self, target: Target) -> Sequence[Precision]:
+        """What `--precision` may be for `target`, the default first."""
 
     def version(self) -> str:
         """Version of the library that the plan is for."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import metadata
 
-from smc.compiler.backends.plan_job import PlanJob
-from smc.compiler.pipeline import Precision
+from smc.compiler.backends.plan_job import PlanJob, Precision
 from smc.compiler.targets import Target
 
 NAME = "onnxruntime"
-PRECISIONS: Sequence[Precision] = ("fp32",)
 CAVEAT = ""
 
 
 def refusal(target: Target) -> str:
     return "" if target.sm is None else "runs on CPUs only"
+
+
+def precisions(target: Target) -> Sequence[Precision]:
+    return ("fp32",)
 
 
 def version() -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from smc.compiler.targets import Target
+
+Precision = Literal["fp32", "hybrid", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)

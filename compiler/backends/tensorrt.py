@@ -28,20 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smc.compiler.backends.plan_job import PlanJob
-from smc.compiler.pipeline import Precision
+from smc.compiler.backends.plan_job import PlanJob, Precision
+from smc.compiler.reports import LAYERS
 from smc.compiler.targets import Target
 from smc.exported.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Library, is_out_of_memory, make_log
-from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory, SmcError
+from smc.exported.errors import BackendFailed, BundleMismatch, NoTarget, OutOfMemory
 from smc.exported.images import PATCH
-from smc.passes.attention_plugin import AttentionPlugin
-from smc.passes.cancel_layout import CancelLayout
 
 if TYPE_CHECKING:
     from smc.exported.engines.cuda_memory import Device
-
-LAYERS = "layers.json"
-"""What was built, for `smc inspect`: an engine cannot be opened without its GPU."""
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]
@@ -53,6 +48,9 @@ Profile = dict[str, Range]
 _SHARES = {"encoder": (0.0, 0.4), "decoder": (0.4, 1.0)}
 """The part of the progress bar for each stage: the decoder has a quarter more weights and twice the nodes."""
 
+_BFLOAT16_SM = 80
+"""The oldest compute capability, 8.0, that has bfloat16."""
+
 _PLUGIN_SM = 80
 """The oldest compute capability, 8.0, that the FlashAttention plugin is compiled for."""
 
@@ -63,8 +61,7 @@ _RUNS = 50
 class _TensorRtBackend(ABC):
     """What the two libraries share: parsing, building, progress, errors and the list of layers."""
 
-    PRECISIONS: Sequence[Precision] = ("hybrid", "fp16", "bf16", "fp32")
-    CAVEAT = "its engines have not been run on hardware"
+    CAVEAT = "not run on hardware yet"
 
     def __init__(self, library: Library) -> None:
         self.NAME = library.name
@@ -75,15 +72,18 @@ class _TensorRtBackend(ABC):
         """Why plans for `target` cannot be built on this machine, or ""."""
 
     @abstractmethod
-    def _configure(self, trt: Any, config: Any, job: PlanJob) -> None:
-        """Say what the engine is for, and how much memory it may use."""
+    def _configure(self, trt: Any, config: Any, job: PlanJob, notes: list[str]) -> None:
+        """Say what the engine is for, and how much memory it may use. `notes` takes what the user should know."""
 
     @abstractmethod
     def _profiles(self, inputs: Sequence[Any], stage: str, job: PlanJob) -> list[Profile]:
         """The ranges of shapes that the engine is tuned for."""
 
-    def _keep_timings(self, trt: Any, config: Any, job: PlanJob) -> None:  # noqa: B027  # TensorRT-RTX takes none
-        """Keep what the build measured for later ones."""
+    def _keep_timings(self, trt: Any, config: Any, job: PlanJob, notes: list[str]) -> None:  # noqa: B027  # TensorRT-RTX takes none
+        """Keep what the build measured for later ones. `notes` takes why that failed."""
+
+    def precisions(self, target: Target) -> Sequence[Precision]:
+        return ("hybrid", "fp16", "bf16", "fp32") if _sm(target) >= _BFLOAT16_SM else ("hybrid", "fp16", "fp32")
 
     def version(self) -> str:
         return str(self._library.load().__version__)
@@ -123,17 +123,20 @@ class _TensorRtBackend(ABC):
         description = f"building the {stage} with {self._library.title} {trt.__version__}"
         # In a thread of its own: the build does not return to Python for many seconds, and this thread must take signals.
         with _standard_output_apart(), ThreadPoolExecutor(1) as thread:
-            build = thread.submit(self._build_engine, trt, stage, graph, job, progress.monitor)
+            build = thread.submit(self._build_engine, trt, stage, graph, job, progress)
             try:
                 job.report(description, start)
                 while build not in wait([build], timeout=0.2).done:
                     job.report(description, start + (end - start) * progress.fraction)
-                return build.result()
             except BaseException:
                 progress.cancelled = True
+                job.report("stopping; TensorRT finishes its step first", start + (end - start) * progress.fraction)
                 raise
+        for note in progress.notes:
+            job.report(note, end)
+        return build.result()
 
-    def _build_engine(self, trt: Any, stage: str, graph: Path, job: PlanJob, monitor: Any) -> tuple[Any, dict[str, Any]]:
+    def _build_engine(self, trt: Any, stage: str, graph: Path, job: PlanJob, progress: _Progress) -> tuple[Any, dict[str, Any]]:
         log = make_log(trt, job.verbose)
         builder = trt.Builder(log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -141,10 +144,10 @@ class _TensorRtBackend(ABC):
         _check_outputs(network, graph)
         _allow_unfused_attention(trt, network)
         config = builder.create_builder_config()
-        config.progress_monitor = monitor
+        config.progress_monitor = progress.monitor
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 in the graph means float32
-        self._configure(trt, config, job)
+        self._configure(trt, config, job, progress.notes)
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         for profile in self._profiles(inputs, stage, job):
             _add_profile(builder, config, profile)
@@ -152,7 +155,7 @@ class _TensorRtBackend(ABC):
         engine = builder.build_serialized_network(network, config)
         if engine is None:
             raise self._failure(f"{graph.name}: {self._library.title} could not build the engine", log.errors)
-        self._keep_timings(trt, config, job)
+        self._keep_timings(trt, config, job, progress.notes)
         workspace = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
         return engine, _describe(trt, network) | {"engine_bytes": engine.nbytes, "workspace_limit_bytes": workspace}
 
@@ -207,8 +210,8 @@ class _TensorRt(_TensorRtBackend):
             for name, (engine, _) in built.items():
                 milliseconds[name] = self._time(trt, stage, engine, job)
                 gc.collect()  # an engine and its contexts refer to one another, and the next needs their memory
-        except (SmcError, ImportError, ValueError, OSError) as error:
-            why_not = str(error)
+        except Exception as error:  # Triton's and TensorRT's own included: there is a whole engine already, whatever befell the second
+            why_not = str(error) or type(error).__name__
             job.report(f"the {stage} keeps TensorRT's own attention: {why_not}", end)
         taken = min(milliseconds, key=milliseconds.__getitem__, default="native")
         engine, layers = built[taken]
@@ -220,8 +223,7 @@ class _TensorRt(_TensorRtBackend):
         from smc.exported.engines.tensorrt import Stage
 
         cuda_memory.use_device(_require_device(job.target).index)
-        log = make_log(trt, job.verbose)
-        loaded = Stage(stage, self._library, trt, log, trt.Runtime(log), memoryview(engine))
+        loaded = Stage(stage, self._library, trt, memoryview(engine), job.verbose)
         random = np.random.default_rng(0)
         inputs = {}
         for name in loaded.inputs:
@@ -238,27 +240,35 @@ class _TensorRt(_TensorRtBackend):
                 seconds.append(time.perf_counter() - start)
         return 1000 * statistics.median(seconds)
 
-    def _configure(self, trt: Any, config: Any, job: PlanJob) -> None:
+    def _configure(self, trt: Any, config: Any, job: PlanJob, notes: list[str]) -> None:
         from smc.exported.engines import cuda_memory
 
         cuda_memory.use_device(_require_device(job.target).index)
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, cuda_memory.free_memory() * 3 // 4)  # the rest is for weights
         config.builder_optimization_level = 5  # times every tactic
+        path, timings = _timing_cache(trt, job), b""
         try:
-            timings = _timing_cache(trt, job).read_bytes()
+            timings = path.read_bytes()
         except FileNotFoundError:
-            timings = b""
+            pass
+        except OSError as error:
+            notes.append(f"the timing cache is not used: {error}")
         # TensorRT leaves aside what is damaged or was measured on another device.
         if not config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False):
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
-    def _keep_timings(self, trt: Any, config: Any, job: PlanJob) -> None:
+    def _keep_timings(self, trt: Any, config: Any, job: PlanJob, notes: list[str]) -> None:
         path = _timing_cache(trt, job)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own until it is whole: builds of other targets may be running.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            file.write(config.get_timing_cache().serialize())
-        os.replace(file.name, path)
+        timings = config.get_timing_cache().serialize()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Elsewhere until it is whole: other builds for this GPU may be running.
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as directory:
+                whole = Path(directory) / path.name
+                whole.write_bytes(timings)
+                os.replace(whole, path)
+        except OSError as error:
+            notes.append(f"the timing cache is not kept: {error}")
 
     def _profiles(self, inputs: Sequence[Any], stage: str, job: PlanJob) -> list[Profile]:
         profiles = [_profile(inputs, stage, [shape], job.max_batch) for shape in job.shapes]
@@ -281,7 +291,7 @@ class _TensorRtRtx(_TensorRtBackend):
             return f"{self._library.title} does not run on sm {target.sm}"
         return ""
 
-    def _configure(self, trt: Any, config: Any, job: PlanJob) -> None:
+    def _configure(self, trt: Any, config: Any, job: PlanJob, notes: list[str]) -> None:
         assert job.target.memory_gib is not None
         config.num_compute_capabilities = 1
         config.set_compute_capability(_compute_capability(trt, job.target), 0)
@@ -300,14 +310,16 @@ def _write_plugin_graph(stage: str, job: PlanJob, directory: Path) -> Path:
         ImportError: Triton, which compiles its kernel, is not installed.
         ValueError: TensorRT does not take it, such as after builds for another GPU in this process.
     """
-    sm = int((job.target.sm or "0").replace(".", ""))
+    sm = _sm(job.target)
     if sm < _PLUGIN_SM:
         raise BackendFailed(f"the FlashAttention plugin is for sm 8.0 and newer, and {job.target.title} is of sm {job.target.sm}")
     from smc.compiler.graph_files import import_graph, read_onnx, write_graph
+    from smc.passes.attention_plugin import AttentionPlugin
+    from smc.passes.cancel_layout import CancelLayout
     from smc.plugins.flash_attention.tensorrt_plugin import register
 
     register(sm)
-    graph = import_graph(read_onnx(job.graphs[stage]))
+    graph = import_graph(read_onnx(job.graphs[stage]), stage)
     report = AttentionPlugin()(graph)
     if not report.rewrites:
         reasons = "; ".join(f"{declined.node}: {declined.why}" for declined in report.declined[:3])
@@ -321,11 +333,26 @@ full = _TensorRt(TENSORRT)
 rtx = _TensorRtRtx(TENSORRT_RTX)
 
 
-def _find_device(target: Target) -> Device | None:
-    """The first GPU of this machine that plans for `target` run on. Raises NoTarget where there is no GPU at all."""
-    from smc.exported.engines import cuda_memory
+def _sm(target: Target) -> int:
+    """The compute capability as a number to compare, such as 86; 0 for a CPU."""
+    return int((target.sm or "0").replace(".", ""))
 
-    return next((device for device in cuda_memory.devices() if device.sm == target.sm), None)
+
+def _find_device(target: Target) -> Device | None:
+    """The first GPU of this machine that plans for `target` run on.
+
+    Raises NoTarget where there is no GPU at all, or one that fits and a driver that is too old to run them.
+    """
+    from smc.exported.engines import cuda_memory
+    from smc.exported.engines.tensorrt import check_driver
+
+    found = next((device for device in cuda_memory.devices() if device.sm == target.sm), None)
+    if found is not None:
+        try:
+            check_driver(cuda_memory.driver_version(), cuda_memory.runtime_version())
+        except BundleMismatch as why:
+            raise NoTarget(str(why), fix=why.fix) from why
+    return found
 
 
 def _require_device(target: Target) -> Device:
@@ -351,36 +378,43 @@ def _timing_cache(trt: Any, job: PlanJob) -> Path:
 
 
 def _profile(inputs: Sequence[Any], stage: str, shapes: Sequence[tuple[int, int]], max_batch: int) -> Profile:
-    """The ranges that take every one of `shapes`, (H, W) of images, with the first as the usual one.
+    """The ranges that take every one of `shapes`, (H, W) of images, and up to `max_batch` pairs, with the first shape as the usual one.
 
-    Dimensions that are static in the graph stay as they are. Raises BackendFailed where a static size is none of `shapes`.
+    Raises BackendFailed where a size that is static in the graph differs from these.
     """
-    heights, widths = zip(*shapes, strict=True)
-    sizes = ((min(heights), min(widths)), shapes[0], (max(heights), max(widths)))
-    # The encoder takes both images of a pair at once.
-    batches = (1, 2, 2 * max_batch) if stage == "encoder" else (1, 1, max_batch)
     profile = {}
     for tensor in inputs:
-        wanted = [_input_shape(tensor, stage, batch, *size) for batch, size in zip(batches, sizes, strict=True)]
         fixed = tuple(tensor.shape)
-        if any(own not in (-1, size) for shape in wanted for own, size in zip(fixed[1:], shape[1:], strict=True)):
+        sizes = [_input_sizes(tensor, stage, *shape) for shape in shapes]
+        extents = list(zip(*sizes, strict=True))
+        ranges = tuple(map(min, extents)), sizes[0], tuple(map(max, extents))
+        wanted = [(batch, *size) for batch, size in zip(_batches(stage, fixed[0], max_batch), ranges, strict=True)]
+        if any(own not in (-1, size) for shape in wanted for own, size in zip(fixed, shape, strict=True)):
             raise BackendFailed(
                 f"{stage}: the graph's input {tensor.name} is fixed at {_sizes(fixed)}, and the plan is to take {_sizes(wanted[0])} "
                 f"to {_sizes(wanted[2])}",
-                fix="export it with dynamic dimensions, or give --shape for the fixed size alone",
+                fix="export it with dynamic dimensions, or give its fixed sizes alone as --shape and --max-batch",
             )
-        low, usual, high = (tuple(size if own == -1 else own for own, size in zip(fixed, shape, strict=True)) for shape in wanted)
+        low, usual, high = wanted
         profile[tensor.name] = (low, usual, high)
     return profile
 
 
-def _input_shape(tensor: Any, stage: str, batch: int, height: int, width: int) -> Shape:
-    """The shape of an input for images of (height, width)."""
+def _batches(stage: str, fixed: int, max_batch: int) -> tuple[int, int, int]:
+    """The smallest, usual and largest batch of an input, whose batch in the graph is `fixed`, or -1."""
     if stage == "decoder":
-        return batch, height // PATCH, width // PATCH, tensor.shape[-1]
-    if tensor.dtype.name == "UINT8":
-        return batch, height, width, 3
-    return batch, 3, height, width
+        return 1, 1, max_batch
+    # The matcher encodes one image at a time, so that an encoder of one image serves any number of pairs.
+    return (1, 1, 1) if fixed == 1 else (1, 1, 2 * max_batch)
+
+
+def _input_sizes(tensor: Any, stage: str, height: int, width: int) -> Shape:
+    """The shape of an input, without its batch, for images of (height, width)."""
+    if stage == "decoder":
+        grid = height // PATCH, width // PATCH
+        tokens_in_a_row = len(tensor.shape) == 3
+        return (math.prod(grid), tensor.shape[-1]) if tokens_in_a_row else (*grid, tensor.shape[-1])
+    return (height, width, 3) if tensor.dtype.name == "UINT8" else (3, height, width)
 
 
 def _sizes(shape: Shape) -> str:
@@ -420,6 +454,8 @@ def _describe(trt: Any, network: Any) -> dict[str, Any]:
     """The network's layers, how many there are of each type and precision, and the bytes of its weights."""
     layers, totals, weights = [], Counter[tuple[str, str]](), 0
     for layer in _layers(network):
+        if layer.num_outputs == 0:  # the condition of an If or a Loop
+            continue
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
         kind, precision = layer.type.name.lower(), _type_name(outputs[0])
         totals[kind, precision] += 1
@@ -470,6 +506,7 @@ class _Progress:
     def __init__(self, trt: Any) -> None:
         self.fraction = 0.0
         self.cancelled = False
+        self.notes: list[str] = []  # what the user should know of the build, once it is done
         self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> phase around it, steps, steps done
         self._lock = threading.Lock()  # TensorRT calls from several threads
         self.monitor = _make_monitor(trt, self)

@@ -33,6 +33,7 @@ _NO_DEVICE = {
     _Status.cudaErrorSystemNotReady,
     _Status.cudaErrorDevicesUnavailable,
 }
+_FIX = "smc doctor shows what this machine has"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Device:
 
 
 def driver_version() -> tuple[int, int]:
-    """The newest CUDA (major, minor) that this machine's driver supports. Raises NoTarget without a driver."""
-    version = _check(cudart.cudaDriverGetVersion(), "asking for the driver's version")
+    """The newest CUDA (major, minor) that this machine's driver supports. Raises NoTarget without a driver that works."""
+    version = _check_machine(cudart.cudaDriverGetVersion(), "asking for the driver's version")
     if version == 0:
         raise NoTarget("this machine has no NVIDIA driver", fix="install NVIDIA's driver, or use a bundle for CPUs")
     return version // 1000, version % 1000 // 10
@@ -60,11 +61,11 @@ def runtime_version() -> tuple[int, int]:
 
 
 def devices() -> list[Device]:
-    """The GPUs that this process may use, at least one. Raises NoTarget where there is none, or no driver for them."""
+    """The GPUs that this process may use, at least one. Raises NoTarget where there is none, or CUDA does not work."""
     driver_version()
     found = []
-    for index in range(_check(cudart.cudaGetDeviceCount(), "looking for GPUs")):
-        properties = _check(cudart.cudaGetDeviceProperties(index), f"asking for the properties of GPU {index}")
+    for index in range(_check_machine(cudart.cudaGetDeviceCount(), "looking for GPUs")):
+        properties = _check_machine(cudart.cudaGetDeviceProperties(index), f"asking for the properties of GPU {index}")
         name = properties.name.split(b"\0")[0].decode(errors="replace")
         found.append(Device(index, name, f"{properties.major}.{properties.minor}", properties.totalGlobalMem))
     return found
@@ -244,11 +245,19 @@ def _check(result: tuple[Any, ...], doing: str, needed: int = 0) -> Any:
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
+def _check_machine(result: tuple[Any, ...], doing: str) -> Any:
+    """As `_check`, for questions about the machine: one that CUDA fails to answer, for whatever reason, has no GPU to use."""
+    try:
+        return _check(result, doing)
+    except SmcError as error:
+        raise NoTarget(str(error), fix=_FIX) from error
+
+
 def _translated(status: Any, doing: str, needed: int) -> SmcError:
     text = f"{doing}: {cudart.cudaGetErrorString(status)[1].decode()} ({status.name})"
     if status == _Status.cudaErrorMemoryAllocation:
         sizes = f"; {needed:,} bytes are needed, {free_memory():,} are free on the GPU" if needed else ""
         return OutOfMemory(text + sizes, fix="free GPU memory, or use smaller images or batches")
     if status in _NO_DEVICE:
-        return NoTarget(text, fix="smc doctor shows what this machine has")
+        return NoTarget(text, fix=_FIX)
     return BackendFailed(text)

@@ -49,13 +49,7 @@ class TensorRtEngine:
         check_driver(cuda.driver_version(), cuda.runtime_version())
         self._device = choose_device(cuda.devices(), manifest).index
         cuda.use_device(self._device)
-        log = make_log(trt)
-        runtime = trt.Runtime(log)
-        # A plan may hold programs for the CPU, which run as the user; this is the default, and stays so.
-        runtime.engine_host_code_allowed = False
-        self._encoder, self._decoder = (
-            Stage(stage, library, trt, log, runtime, files[manifest.stages[stage]]) for stage in ("encoder", "decoder")
-        )
+        self._encoder, self._decoder = (Stage(stage, library, trt, files[manifest.stages[stage]]) for stage in ("encoder", "decoder"))
         _check_features(self._encoder, self._decoder)
 
     def encode(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> cuda.DeviceArray:
@@ -139,9 +133,12 @@ class Stage:
     NVIDIA's advice is one context a captured graph: other shapes, or another profile, would make the graph invalid.
     """
 
-    def __init__(self, name: str, library: Library, trt: Any, log: Any, runtime: Any, plan: memoryview) -> None:
-        self.name, self.library, self.trt, self.log = name, library, trt, log
-        log.errors.clear()
+    def __init__(self, name: str, library: Library, trt: Any, plan: memoryview, verbose: bool = False) -> None:
+        self.name, self.library, self.trt = name, library, trt
+        self.log = make_log(trt, verbose)  # its own: errors are told from other stages' by where they are kept
+        runtime = trt.Runtime(self.log)
+        # A plan may hold programs for the CPU, which run as the user; this is the default, and stays so.
+        runtime.engine_host_code_allowed = False
         self.engine = runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
             raise self.failure("the engine cannot be loaded", needed=len(plan))

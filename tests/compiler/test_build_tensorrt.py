@@ -68,13 +68,13 @@ def test_attention_rotation_and_types_are_in_the_engine(built: BuildResult) -> N
     config = json.loads((DATA / "tiny_landscape.config.json").read_text())
     layers = inspect_contents(open_bundle(built.path)).layers
     for stage, attentions in (("encoder", config["enc_depth"]), ("decoder", 4 * config["dec_depth"])):
-        counts = {(total["type"], total["precision"]): total["layers"] for total in layers[stage]["totals"]}
+        counts = {(total.type, total.precision): total.layers for total in layers[stage].totals}
         assert counts["attention_input", "float16"] == attentions
         assert counts["rotary_embedding", "float16"] == 2 * attentions
         assert ("softmax", "float32") not in counts
         assert counts["matrix_multiply", "float16"] > attentions
         assert ("matrix_multiply", "float32") not in counts
-        assert layers[stage]["engine_bytes"] == (built.path / f"{stage}.engine").stat().st_size
+        assert layers[stage].engine_bytes == (built.path / f"{stage}.engine").stat().st_size
 
 
 def test_the_graph_takes_bytes_and_returns_float32(built: BuildResult) -> None:
@@ -130,6 +130,15 @@ def test_loading_without_the_gpu_says_what_is_missing(built: BuildResult) -> Non
 
 def test_the_same_request_is_not_built_twice(built: BuildResult, graphs: tuple[Path, Path]) -> None:
     assert build(BuildRequest(gpu="a40", out=built.path, onnx=graphs, shapes=[SHAPE])).reused
+
+
+def test_bfloat16_builds_with_its_transposed_convolutions_in_float32(graphs: tuple[Path, Path], tmp_path: Path) -> None:
+    found = build(BuildRequest(gpu="a40", out=tmp_path / "bundle", onnx=graphs, shapes=[SHAPE], precision="bf16"))
+    decoder = inspect_contents(open_bundle(found.path)).layers["decoder"]
+    counts = {(total.type, total.precision): total.layers for total in decoder.totals}
+    assert counts["deconvolution", "float32"] > 0
+    assert ("deconvolution", "bfloat16") not in counts
+    assert counts["convolution", "bfloat16"] > 0
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_closest_names(graphs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -574,3 +574,27 @@ def test_names_are_printed_in_any_encoding(encoding: str, shown: str) -> None:
 def test_a_closed_stdout_is_no_error() -> None:
     done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *SMC, "targets"], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("command", ["targets", "inspect", "doctor", "build"])
+def test_a_plain_installation_lists_inspects_and_says_what_building_needs(tiny_bundle: Path, tmp_path: Path, command: str) -> None:
+    """Without the packages of the extra `compile`."""
+    words = {
+        "inspect": ["inspect", str(tiny_bundle)],
+        "build": ["build", "--gpu", "cpu", "--random-weights", "0", "--out", str(tmp_path / "out")],
+    }.get(command, [command])
+    script = (
+        "import importlib.abc, sys\n"
+        "class Absent(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in 'torch onnx onnxscript onnx_ir onnx_graphsurgeon safetensors platformdirs'.split():\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        f"from smc.compiler.cli import main; main({words!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if command == "build":
+        assert done.returncode == 69
+        assert "building needs torch, onnx" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr

@@ -37,7 +37,7 @@ def file(model: onnx.ModelProto, tmp_path: Path) -> Path:
 
 
 def test_a_graph_survives_writing_and_reading(model: onnx.ModelProto, file: Path, tmp_path: Path) -> None:
-    graph = import_graph(read_onnx(file))
+    graph = import_graph(read_onnx(file), "encoder")
     (tmp_path / "out").mkdir()
     write_graph(graph, tmp_path / "out", "encoder")
     files = {path.name: memoryview(path.read_bytes()) for path in (tmp_path / "out").iterdir()}
@@ -49,7 +49,7 @@ def test_a_graph_survives_writing_and_reading(model: onnx.ModelProto, file: Path
 
 def test_weights_are_not_copied_on_the_way_in(file: Path) -> None:
     source = read_onnx(file)
-    graph = import_graph(source)
+    graph = import_graph(source, "encoder")
     mine = {tensor.name: tensor.values for tensor in graph.tensors().values() if getattr(tensor, "values", None) is not None}
     large = [v.const_value for v in source.graph.initializers.values() if v.const_value is not None and v.const_value.nbytes > 1024]
     assert large
@@ -118,12 +118,12 @@ def test_an_old_opset_is_refused_with_the_reason(tmp_path: Path) -> None:
     b = Builder(opset=16)
     b.output(b.op("Relu", b.input("x", [2])))
     onnx.save_model(b.model(), tmp_path / "old.onnx")
-    with pytest.raises(smc.BadInput, match=r"opset 16.*17 or newer"):
-        import_graph(read_onnx(tmp_path / "old.onnx"))
+    with pytest.raises(smc.BadInput, match=r"old\.onnx: .*opset 16.*17 or newer"):
+        import_graph(read_onnx(tmp_path / "old.onnx"), "old.onnx")
 
 
 def test_dumps_share_weights_and_run(file: Path, tmp_path: Path) -> None:
-    graph = import_graph(read_onnx(file))
+    graph = import_graph(read_onnx(file), "encoder")
     dumper = GraphDumper(tmp_path / "dump")
     dumper.dump("encoder", 1, "First", graph)
     dumper.dump("encoder", 12, "Second", graph)
@@ -140,7 +140,7 @@ def test_dumps_share_weights_and_run(file: Path, tmp_path: Path) -> None:
 def test_importing_leaves_the_model_as_it_is(file: Path) -> None:
     source = read_onnx(file)
     before = [str(value) for value in source.graph.inputs], sorted(source.graph.initializers)
-    import_graph(source)
+    import_graph(source, "encoder")
     assert ([str(value) for value in source.graph.inputs], sorted(source.graph.initializers)) == before
     assert all(value.const_value is not None for value in source.graph.initializers.values())
     assert isinstance(source, ir.Model)

@@ -28,13 +28,14 @@ def encoder(shape: list[int | str], outputs: int = 1, dtype: type = np.float32) 
 
 
 def decoder(names: tuple[str, ...] = MAPS, inputs: int = 2) -> onnx.ModelProto:
-    """Maps of 1/16 of the image's size: enough to look at the interface."""
+    """Maps that are the same over each patch."""
     b = Builder()
     features = [b.input(f"feat{i}", ["batch", "rows", "cols", 64]) for i in range(inputs)]
     for name in names:
         tokens = features[0 if "1" in name else -1]
         width = {"pts3d": 3, "desc": 8}.get(name[:-1], 1)
         maps = b.op("MatMul", tokens, weights(64, width, seed=len(name)))
+        maps = b.op("Resize", maps, "", np.array([1, 16, 16, 1], np.float32), mode="nearest")
         maps = maps if width > 1 else b.op("Squeeze", maps, np.array([3]))
         b.nodes.append(onnx.helper.make_node("Identity", [maps], [name]))
         b.output(name)
@@ -51,10 +52,10 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 def test_two_files_are_a_source(files: tuple[Path, Path]) -> None:
     source = OnnxSource(*files)
     assert source.info.source == "enc.onnx and dec.onnx"
-    assert source.info.parameters == 64 * 3 * 16 * 16 + 2 * 64 * (3 + 1 + 8 + 1)
+    assert source.info.parameters == 64 * 3 * 16 * 16 + 2 * 64 * (3 + 1 + 8 + 1) + 8 * 4  # the scales of the resizes
     assert source.fixed_shape is None
     (pair,) = verify.sample_pairs([(96, 128)])
-    outputs = source.run(pair)
+    (outputs,) = source.run([pair], lambda what, done: None)
     assert outputs.keys() == {"features1", "features2", *MAPS}
     patches = pair.view1[0].reshape(3, 6, 16, 8, 16).transpose(1, 3, 0, 2, 4).reshape(6, 8, -1)
     wanted = patches @ weights(64, 3, 16, 16).reshape(64, -1).T
@@ -111,3 +112,33 @@ def test_a_bundles_graphs_build_the_same_bundle_again(tiny_bundle: Path, tiny_ma
     for name, value in wanted.items():
         np.testing.assert_array_equal(found[name], value)
     assert build(BuildRequest(gpu="cpu", out=tmp_path / "again", onnx=files, shapes=[(96, 128)])).reused
+
+
+WRONG_MAPS = {
+    "channels first": (
+        "Transpose",
+        {"perm": [0, 3, 1, 2]},
+        "pts3d1",
+        r"dec\.onnx: its output pts3d1 is float32 \(1, 3, 96, 128\); float32 \(1, 96, 128, 3\)",
+    ),
+    "half": ("Cast", {"to": onnx.TensorProto.FLOAT16}, "conf2", r"its output conf2 is float16"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_MAPS)
+def test_maps_of_another_layout_or_type_are_refused(kind: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    op, attrs, name, message = WRONG_MAPS[kind]
+    model = onnx.load(shutil.copytree(tiny_bundle, tmp_path / "graphs") / "decoder.onnx")
+    for node in model.graph.node:
+        node.output[:] = [f"{out}_right" if out == name else out for out in node.output]
+    model.graph.node.append(onnx.helper.make_node(op, [f"{name}_right"], [name], **attrs))
+    output = next(value for value in model.graph.output if value.name == name)
+    output.CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16 if kind == "half" else onnx.TensorProto.FLOAT, None))
+    onnx.save_model(model, tmp_path / "dec.onnx", save_as_external_data=True, location="dec.weights")
+    with pytest.raises(smc.BadInput, match=message):
+        build(
+            BuildRequest(
+                gpu="cpu", out=tmp_path / "out", onnx=(tmp_path / "graphs" / "encoder.onnx", tmp_path / "dec.onnx"), shapes=[(96, 128)]
+            )
+        )
+    assert not (tmp_path / "out").exists()

@@ -130,8 +130,7 @@ def test_a_deployment_may_lack_what_only_verification_needs(tiny_bundle: Path, t
     (only,) = open_bundle(copy).manifest.verify_only
     (copy / only).unlink()
     smc.load(copy)
-    with pytest.raises(BundleDamaged, match=only):
-        open_bundle(copy)
+    assert only not in open_bundle(copy).files
 
 
 def test_what_is_no_bundle(tmp_path: Path, bundle: Path) -> None:

@@ -139,6 +139,18 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda.devices()
 
 
+@pytest.mark.parametrize("name", ["StubLibrary", "CompatNotSupportedOnDevice", "OperatingSystem", "Unknown", "MemoryAllocation"])
+@pytest.mark.parametrize("question", ["cudaDriverGetVersion", "cudaGetDeviceCount", "cudaGetDeviceProperties"])
+def test_a_machine_whose_cuda_does_not_work_has_no_gpu(monkeypatch: pytest.MonkeyPatch, question: str, name: str) -> None:
+    status = getattr(cudart.cudaError_t, f"cudaError{name}")
+    answers = {"cudaDriverGetVersion": (SUCCESS, 13020), "cudaGetDeviceCount": (SUCCESS, 1)} | {question: (status, 0)}
+    for call, answer in answers.items():
+        monkeypatch.setattr(cudart, call, lambda *given, answer=answer: answer)
+    with pytest.raises(NoTarget, match=f"cudaError{name}") as caught:
+        cuda.devices()
+    assert "smc doctor" in caught.value.fix
+
+
 def test_other_failures_are_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudart, "cudaSetDevice", lambda index: (cudart.cudaError_t.cudaErrorIllegalAddress,))
     with pytest.raises(BackendFailed, match=r"choosing GPU 3: .*cudaErrorIllegalAddress"):

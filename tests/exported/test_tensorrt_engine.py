@@ -96,7 +96,8 @@ class FakeContext:
         gpu = self.engine.gpu
         gpu.executions.append((self.engine.title, self.profile))
         if gpu.broken:
-            gpu.log.log(gpu.trt.ILogger.Severity.ERROR, gpu.broken)
+            self.engine.log.log(gpu.trt.ILogger.Severity.ERROR, gpu.broken)
+            gpu.meanwhile()
             return False
         means = [self.array(name).astype(np.float64).mean(axis=(1, 2, 3)) for name in self.engine.inputs]
         for output in self.engine.outputs:
@@ -111,8 +112,8 @@ class FakeEngine:
 
     device_memory_size_v2 = 1000
 
-    def __init__(self, gpu: FakeGpu, title: str) -> None:
-        self.gpu, self.title, self.runtime_config = gpu, title, None
+    def __init__(self, gpu: FakeGpu, title: str, log: Any) -> None:
+        self.gpu, self.title, self.log, self.runtime_config = gpu, title, log, None
         encoder = title == "encoder"
         self.inputs = ["image"] if encoder else ["features1", "features2"]
         self.outputs = ["features"] if encoder else ["conf1", "conf2"]
@@ -145,7 +146,7 @@ class FakeEngine:
         self.gpu.contexts.append(self.title)
         if self.gpu.no_room:
             self.gpu.no_room -= 1
-            self.gpu.log.log(self.gpu.trt.ILogger.Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 1000 bytes.)")
+            self.log.log(self.gpu.trt.ILogger.Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 1000 bytes.)")
             return None
         return FakeContext(self)
 
@@ -162,7 +163,7 @@ class FakeGpu:
         self.contexts: list[str] = []
         self.executions: list[tuple[str, int]] = []
         self.barrier: Any = lambda: None
-        self.log: Any = None
+        self.meanwhile: Any = lambda: None
         severity = SimpleNamespace(ERROR=1)
 
         class Logger:
@@ -180,13 +181,12 @@ class FakeGpu:
         )
 
     def make_runtime(self, log: Any) -> Any:
-        self.log = log
-        return SimpleNamespace(deserialize_cuda_engine=self.deserialize)
+        return SimpleNamespace(deserialize_cuda_engine=lambda plan: self.deserialize(plan, log))
 
-    def deserialize(self, plan: memoryview) -> FakeEngine | None:
+    def deserialize(self, plan: memoryview, log: Any) -> FakeEngine | None:
         if bytes(plan) in (b"encoder", b"decoder"):
-            return FakeEngine(self, bytes(plan).decode())
-        self.log.log(1, "Error Code 1: Serialization (magicTag mismatch)")
+            return FakeEngine(self, bytes(plan).decode(), log)
+        log.log(1, "Error Code 1: Serialization (magicTag mismatch)")
         return None
 
     @property
@@ -349,6 +349,19 @@ def test_a_context_that_failed_is_not_used_again(gpu: FakeGpu) -> None:
     assert len(gpu.contexts) == 2
 
 
+def test_a_stage_tells_its_own_reasons(gpu: FakeGpu) -> None:
+    engine = TensorRtEngine(gpu.files, manifest())
+    features = engine.encode(images(1))
+
+    def decode() -> None:
+        gpu.broken = ""
+        engine.decode(features, features)
+
+    gpu.broken, gpu.meanwhile = "unspecified launch failure", decode
+    with pytest.raises(BackendFailed, match="encoder: the engine did not run: TensorRT says: unspecified launch failure"):
+        engine.encode(images(2))
+
+
 def test_idle_contexts_make_room_for_a_new_one(gpu: FakeGpu) -> None:
     engine = TensorRtEngine(gpu.files, manifest())
     engine.encode(images(1))
@@ -369,8 +382,8 @@ def test_a_plan_that_is_none(gpu: FakeGpu) -> None:
 def test_stages_that_do_not_fit_together(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     made = FakeEngine.__init__
 
-    def other_features(self: FakeEngine, gpu: FakeGpu, title: str) -> None:
-        made(self, gpu, title)
+    def other_features(self: FakeEngine, gpu: FakeGpu, title: str, log: Any) -> None:
+        made(self, gpu, title, log)
         if title == "encoder":
             self.dtypes["features"] = np.float32
 

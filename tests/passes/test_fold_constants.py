@@ -80,6 +80,19 @@ def test_static_dimensions_are_seen_through_a_shape_with_dynamic_ones() -> None:
     assert_same(model, graph, {"x": normal(3, 4)})
 
 
+def test_as_many_positions_as_a_dynamic_dimension_has_stay() -> None:
+    b = Builder()
+    x = b.input("x", ["n", 4])
+    b.input("table", [9, 4])
+    size = b.op("Shape", x, end=1)
+    positions = b.op("Slice", np.arange(9), np.array([0]), size, np.array([0]), name="positions")
+    b.output(b.op("Add", x, b.op("Gather", "table", positions, axis=0)))
+    model = b.model()
+    graph, report = apply(model, FoldConstants())
+    assert (report.rewrites, report.declined) == (0, [])
+    assert_same(model, graph, *({"x": normal(n, 4), "table": normal(9, 4)} for n in (2, 5)))
+
+
 def test_a_constant_of_the_type_of_a_dynamic_tensor_folds() -> None:
     b = Builder()
     x = b.input("x", ["n", 4], np.float16)

@@ -129,6 +129,38 @@ def test_bfloat16_needs_no_islands_for_ranges() -> None:
     assert report.islands == []
 
 
+def upsampling() -> onnx.ModelProto:
+    """Convolution, transposed convolution, convolution: (n, 4, h, w) -> (n, 4, 2h, 2w)."""
+    b = Builder()
+    x = b.op("Conv", b.input("x", ["n", 4, "h", "w"]), weights(4, 4, 1, 1), name="before")
+    x = b.op("ConvTranspose", x, weights(4, 4, 2, 2), strides=[2, 2], name="up")
+    b.output(b.op("Conv", x, weights(4, 4, 1, 1, seed=1), name="after"))
+    return b.model()
+
+
+def test_transposed_convolutions_are_islands_of_bfloat16() -> None:
+    model = upsampling()
+    graph, report = cast(model, "bf16")
+    assert islands(report) == {"up": "TensorRT-RTX has no bfloat16 kernel for it"}
+    assert report.low == ["before", "after"]
+    assert_close(model, graph, {"x": normal(2, 4, 3, 5)}, 2e-2)
+
+
+def test_transposed_convolutions_cannot_be_included_in_bfloat16() -> None:
+    _, report = cast(upsampling(), "bf16", include=["up"])
+    assert set(islands(report)) == {"up"}
+    (only,) = report.declined
+    assert (only.node, only.why) == ("up", "included by name, but TensorRT-RTX has no bfloat16 kernel for it")
+
+
+@pytest.mark.parametrize("precision", ["hybrid", "fp16"])
+def test_transposed_convolutions_run_in_float16(precision: str) -> None:
+    model = upsampling()
+    graph, report = cast(model, precision)
+    assert (report.islands, report.low) == ([], ["before", "up", "after"])
+    assert_close(model, graph, {"x": normal(2, 4, 3, 5)})
+
+
 @pytest.mark.parametrize(
     ("found", "why"),
     [

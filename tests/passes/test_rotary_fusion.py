@@ -10,7 +10,7 @@ import pytest
 
 from smc.passes.flash_match import FlashMatch
 from smc.passes.rotary_fusion import RotaryFusion
-from tests.passes.graphs import Builder, apply, assert_same, count, normal
+from tests.passes.graphs import Builder, apply, assert_same, count, left_alone, normal
 
 HEADS, SIZE = 3, 8
 HALF = SIZE // 2
@@ -387,6 +387,16 @@ def halves_scaled_differently(b: Builder, x: str) -> str:
     return last(b, b.op("Mul", part(b, neox(b, x), 0, HALF), np.float32(2.0)), part(b, neox(b, x), HALF, SIZE))
 
 
+def through_pairs(b: Builder, x: str) -> str:
+    """Neighbours turn together, on an axis of their own."""
+    pairs = b.op("Reshape", x, np.array([0, HEADS, -1, HALF, 2]))
+    cos, sin = (b.op("Unsqueeze", table, np.array([-1])) for table in tables(b, twice=False))
+    even, odd = b.split(pairs, 2, 4)
+    a = b.op("Sub", b.op("Mul", even, cos), b.op("Mul", odd, sin))
+    turned = last(b, a, b.op("Add", b.op("Mul", even, sin), b.op("Mul", odd, cos)))
+    return b.op("Reshape", turned, np.array([0, HEADS, -1, SIZE]), name=f"reshape_{x}")
+
+
 def plain(b: Builder, x: str) -> str:
     return b.op("Relu", x, name=f"relu_{x}")
 
@@ -404,7 +414,8 @@ def plain(b: Builder, x: str) -> str:
         (tables_by_head, None, "q is left as it is: the tables differ from head to head"),
         (one_position, None, "has 1 positions and q has n"),
         (halves_scaled_differently, None, "q is left as it is: the channels are scaled differently, by [1.0, 2.0]"),
-        (plain, None, "q is left as it is: relu_q_out0 is made by relu_q (Relu)"),
+        (plain, neox, "q is left as it is: relu_q_out0 is made by relu_q (Relu)"),
+        (through_pairs, None, "q is left as it is: reshape_q_out0 is made by reshape_q (Reshape)"),
         (neox, plain, "k is left as it is: relu_k_out0 is made by relu_k (Relu)"),
         (neox, four_chunks, "q and k are rotated in different pairs of channels"),
         (neox, turned_backwards, "q and k are rotated in different pairs of channels"),
@@ -412,6 +423,52 @@ def plain(b: Builder, x: str) -> str:
 )
 def test_near_misses_are_left_alone_with_the_reason(rotate_q: Spelling, rotate_k: Spelling | None, why: str) -> None:
     assert why in reason(attention(rotate_q, rotate_k))
+
+
+def projected(b: Builder, x: str) -> str:
+    """A scaled and biased product, in which the sizes of its reshapes are multiplied too."""
+    count, n = (b.op("Shape", x, start=i, end=i + 1) for i in (0, 2))
+    rows = b.op("Reshape", x, b.op("Concat", b.op("Mul", count, b.op("Mul", n, np.array([HEADS]))), np.array([SIZE]), axis=0))
+    biased = b.op("Add", b.op("MatMul", rows, normal(SIZE, SIZE)), normal(SIZE))
+    shape = b.op("Concat", count, np.array([HEADS]), n, np.array([SIZE]), axis=0)
+    return b.op("Reshape", b.op("Mul", biased, np.float32(0.5)), shape)
+
+
+@pytest.mark.parametrize("spelling", [lambda b, x: x, plain, projected], ids=["inputs", "plain", "projected"])
+def test_attentions_without_rotations_are_one_line(spelling: Spelling) -> None:
+    b = Builder()
+    for name in "qkv":
+        b.input(name, ["batch", HEADS, "n", SIZE])
+    q, k = spelling(b, "q"), spelling(b, "k")
+    once = b.op("Attention", q, k, "v", name="first")
+    b.output(b.op("Attention", b.op("Attention", once, k, "v", name="second"), k, "v", name="third"))
+    ((node, why),) = left_alone(b.model(), RotaryFusion())
+    assert (node, why) == ("first", "nothing multiplies its q or k by a table, as a rotation would, nor those of 2 more attentions")
+
+
+def test_a_squeeze_without_axes_is_in_the_way() -> None:
+    b = Builder()
+    for name in "qkv":
+        b.input(name, [2, HEADS, 6, SIZE])
+    b.input("positions", [2, 6], np.int64)
+    squeezed = b.op("Squeeze", b.op("Unsqueeze", neox(b, "q"), np.array([0])), name="squeeze")
+    b.output(b.op("Attention", squeezed, neox(b, "k"), "v", name="attend"))
+    assert left_alone(b.model(), RotaryFusion()) == [("attend", "q is left as it is: squeeze_out0 is made by squeeze (Squeeze)")]
+
+
+def test_one_attention_without_a_rotation_among_others_with() -> None:
+    b = Builder()
+    for name in "qkv":
+        b.input(name, ["batch", HEADS, "n", SIZE])
+    b.input("positions", ["batch", "n"], np.int64)
+    turned = b.op("Attention", neox(b, "q"), neox(b, "k"), "v", name="self")
+    b.output(b.op("Attention", turned, "v", "v", name="cross"))
+    model = b.model()
+    graph, report = apply(model, RotaryFusion())
+    assert report.rewrites == 2
+    ((node, why),) = [(declined.node, declined.why) for declined in report.declined]
+    assert (node, why) == ("cross", "nothing multiplies its q or k by a table, as a rotation would")
+    assert_same(model, graph, {name: value for name, value in feeds().items() if name in ("q", "k", "v", "positions")})
 
 
 def test_rotated_keys_that_others_read() -> None:
@@ -450,8 +507,12 @@ def test_attention_that_hands_out_its_keys() -> None:
 def test_attention_with_heads_packed_in_channels() -> None:
     b = Builder()
     for name in "qkv":
-        b.input(name, ["batch", "n", HEADS * SIZE])
-    b.output(b.op("Attention", "q", "k", "v", q_num_heads=HEADS, kv_num_heads=HEADS))
+        b.input(name, ["batch", HEADS, "n", SIZE])
+    b.input("positions", ["batch", "n"], np.int64)
+    packed = [
+        b.op("Reshape", b.op("Transpose", x, perm=[0, 2, 1, 3]), np.array([0, 0, HEADS * SIZE])) for x in (neox(b, "q"), neox(b, "k"), "v")
+    ]
+    b.output(b.op("Attention", *packed, q_num_heads=HEADS, kv_num_heads=HEADS))
     _, report = apply(b.model(), RotaryFusion())
     assert report.declined[0].why == "q and k are not (batch, heads, N, head_dim)"
 

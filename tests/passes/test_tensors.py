@@ -47,6 +47,25 @@ def test_arithmetic_with_a_dynamic_dimension_has_no_value() -> None:
     assert constant_value(prepare(b.model()).outputs[0]) is None
 
 
+@pytest.mark.parametrize(
+    ("op", "operands"),
+    [
+        ("Slice", (np.arange(9), [0], "size", [0])),
+        ("Slice", (np.arange(9), "size", [9], [0])),
+        ("Gather", (np.arange(9), "size")),
+        ("Reshape", (np.arange(9), "size")),
+        ("Concat", ([1], "size")),
+        ("Concat", ("size", [1])),
+    ],
+)
+def test_a_dynamic_dimension_decides_nothing(op: str, operands: tuple[Any, ...]) -> None:
+    b = Builder()
+    b.op("Shape", b.input("x", ["batch", 3]), end=1, name="shape")
+    arrays = ["shape_out0" if isinstance(operand, str) else np.array(operand) for operand in operands]
+    b.output(b.op(op, *arrays, **({"axis": 0} if op in ("Concat", "Gather") else {})), np.int64)
+    assert constant_value(prepare(b.model()).outputs[0]) is None
+
+
 @pytest.mark.parametrize(("values", "expected"), [(np.float32(2), 2), ([np.float32(2)], 2), ([[np.float32(2)]], None), (normal(2), None)])
 def test_scalars_change_no_shape(values: Any, expected: float | None) -> None:
     b = Builder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import ANY
+from unittest.mock import ANY, MagicMock, Mock
 
 import numpy as np
 import onnx
@@ -23,9 +24,11 @@ from smc.compiler.backends import choose_backend
 from smc.compiler.backends import tensorrt as module
 from smc.compiler.backends.plan_job import PlanJob
 from smc.compiler.backends.tensorrt import LAYERS, full, rtx
+from smc.compiler.build import BuildRequest
+from smc.compiler.build import build as build_bundle
 from smc.compiler.targets import TARGETS
 from smc.exported.engines.tensorrt_library import TENSORRT, Library
-from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory
+from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory, UsageError
 from tests.exported import test_tensorrt_engine as made_up
 from tests.passes.graphs import Builder, weights
 
@@ -156,14 +159,61 @@ def test_full_library_builds_for_the_gpu_at_hand(a40_machine: Any, monkeypatch: 
     assert not full.runs_here(A40)
 
 
+def test_a_driver_of_an_older_cuda_generation_runs_nothing(a40_machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(a40_machine, "driver_version", lambda: (12, 8))
+    assert not full.runs_here(A40)
+    assert not rtx.runs_here(A40)
+    assert rtx.refusal(A40) == ""
+    assert re.search(r"A40; here: .* need a driver for CUDA 13, and this one is for CUDA 12\.8", full.refusal(A40))
+
+
+def test_a_machine_whose_cuda_does_not_work_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = pytest.importorskip("cuda.bindings.runtime")
+    monkeypatch.setattr(cudart, "cudaDriverGetVersion", lambda: (cudart.cudaError_t.cudaSuccess, 13020))
+    monkeypatch.setattr(cudart, "cudaGetDeviceCount", lambda: (cudart.cudaError_t.cudaErrorStubLibrary, 0))
+    assert not rtx.runs_here(A40)
+
+
+def measured(timings: bytes) -> Any:
+    """A builder's configuration after a build."""
+    return SimpleNamespace(get_timing_cache=lambda: SimpleNamespace(serialize=lambda: timings))
+
+
 def test_timings_are_kept_for_one_kind_of_gpu_driver_and_library(a40_machine: Any, tmp_path: Path) -> None:
     asked = job(tmp_path, encoder(), decoder())
+    notes: list[str] = []
     for serialized in (b"first", b"second"):
-        config = SimpleNamespace(get_timing_cache=lambda data=serialized: SimpleNamespace(serialize=lambda: data))
-        full._keep_timings(trt, config, asked)
+        full._keep_timings(trt, measured(serialized), asked, notes)
+    assert notes == []
     (kept,) = asked.cache.iterdir()
     assert kept.read_bytes() == b"second"
     assert kept.name == f"NVIDIA-A40-sm8.6-driver13.2-tensorrt{trt.__version__}.timing"
+
+
+def test_a_build_goes_on_without_its_timing_cache(a40_machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = job(tmp_path, encoder(), decoder())
+    notes: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", Mock(side_effect=OSError("no space left on device")))
+        full._keep_timings(trt, measured(b"whole"), asked, notes)
+    assert notes == ["the timing cache is not kept: no space left on device"]
+    assert not list(asked.cache.iterdir())
+
+    module._timing_cache(trt, asked).mkdir()  # which no cache can be read from
+    monkeypatch.setattr(a40_machine, "use_device", lambda index: None)
+    monkeypatch.setattr(a40_machine, "free_memory", lambda: 1 << 30)
+    config, notes = MagicMock(), []
+    full._configure(trt, config, asked, notes)
+    (note,) = notes
+    assert note.startswith("the timing cache is not used: [Errno 21]")
+    config.create_timing_cache.assert_called_once_with(b"")
+
+
+def test_notes_of_a_build_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtx, "_keep_timings", lambda trt, config, job, notes: notes.append("not kept"))
+    reports: list[tuple[str, float]] = []
+    rtx._build_stage(trt, "encoder", job(tmp_path, encoder(), decoder(), report=lambda *what: reports.append(what)))
+    assert reports[-1] == ("not kept", 0.4)
 
 
 def inputs(*shapes: tuple[int, ...], dtype: str = "FLOAT") -> list[Any]:
@@ -180,19 +230,19 @@ def test_full_library_has_a_profile_for_each_shape_and_one_for_mixed_pairs(tmp_p
     ]
     images = inputs((-1, 3, -1, -1))
     assert full._profiles(images, "encoder", asked) == [
-        {"in1": ((1, 3, 64, 96), (2, 3, 64, 96), (6, 3, 64, 96))},
-        {"in1": ((1, 3, 96, 64), (2, 3, 96, 64), (6, 3, 96, 64))},
+        {"in1": ((1, 3, 64, 96), (1, 3, 64, 96), (6, 3, 64, 96))},
+        {"in1": ((1, 3, 96, 64), (1, 3, 96, 64), (6, 3, 96, 64))},
     ]
 
 
 def test_tensorrt_rtx_has_one_profile(tmp_path: Path) -> None:
     asked = job(tmp_path, encoder(), decoder())
     images = inputs((-1, -1, -1, 3), dtype="UINT8")
-    assert rtx._profiles(images, "encoder", asked) == [{"in1": ((1, 64, 64, 3), (2, 64, 96, 3), (2, 96, 96, 3))}]
+    assert rtx._profiles(images, "encoder", asked) == [{"in1": ((1, 64, 64, 3), (1, 64, 96, 3), (2, 96, 96, 3))}]
 
 
 def test_static_dimensions_stay(tmp_path: Path) -> None:
-    asked = job(tmp_path, encoder(size=(64, 96)), decoder(), shapes=[(64, 96)])
+    asked = job(tmp_path, encoder(size=(64, 96)), decoder(), shapes=[(64, 96)], max_batch=4)
     rtx.write_plan(asked)
     batch_of_one = inputs((1, -1, -1, 3), dtype="UINT8")
     assert rtx._profiles(batch_of_one, "encoder", asked) == [{"in1": 3 * ((1, 64, 96, 3),)}]
@@ -203,6 +253,61 @@ def test_a_shape_that_the_graph_does_not_take(tmp_path: Path) -> None:
     with pytest.raises(BackendFailed, match=r"input image is fixed at \?x64x96x3, and the plan is to take 1x64x64x3 to 2x96x96x3"):
         rtx.write_plan(asked)
     assert not list(asked.output.iterdir())
+
+
+def test_a_batch_that_the_graph_does_not_take(tmp_path: Path) -> None:
+    one = job(tmp_path, encoder(), decoder())
+    several = dataclasses.replace(one, max_batch=4)
+    single_pair = inputs((1, -1, -1, 8))
+    assert rtx._profiles(single_pair, "decoder", one) == [{"in1": ((1, 4, 4, 8), (1, 4, 6, 8), (1, 6, 6, 8))}]
+    with pytest.raises(BackendFailed, match=r"decoder: .*in1 is fixed at 1x\?x\?x8, and the plan is to take 1x4x4x8 to 4x6x6x8") as caught:
+        rtx._profiles(single_pair, "decoder", several)
+    assert "--max-batch" in caught.value.fix
+    with pytest.raises(BackendFailed, match=r"encoder: .*in1 is fixed at 2x"):
+        rtx._profiles(inputs((2, 3, -1, -1)), "encoder", one)
+
+
+def test_features_as_tokens_in_a_row(tmp_path: Path) -> None:
+    build = Builder()
+    tensors = [build.input(f"features{view}", ["batch", f"tokens{view}", 8]) for view in "12"]
+    build.output(build.op("Add", *(build.op("ReduceMean", tensor, np.array([1])) for tensor in tensors)))
+    asked = job(tmp_path, encoder(), build.model(), shapes=[(64, 96), (96, 64), (64, 64)], max_batch=2)
+    rtx.write_plan(asked)
+    tokens = inputs((-1, -1, 8))
+    assert rtx._profiles(tokens, "decoder", asked) == [{"in1": ((1, 16, 8), (1, 24, 8), (2, 24, 8))}]
+    assert full._profiles(tokens, "decoder", asked)[0] == {"in1": ((1, 24, 8), (1, 24, 8), (2, 24, 8))}
+    with pytest.raises(BackendFailed, match=r"fixed at \?x25x8, and the plan is to take 1x16x8 to 2x24x8"):
+        rtx._profiles(inputs((-1, 25, 8)), "decoder", asked)
+
+
+def test_layers_without_outputs_are_left_out(tmp_path: Path) -> None:
+    """The condition of an If is such a layer."""
+
+    def branches(build: Builder, tensor: str) -> str:
+        condition = build.op("Greater", build.op("ReduceSum", tensor, keepdims=0), np.array(0, np.float32))
+        bodies = {}
+        for name, operation in (("then_branch", "Abs"), ("else_branch", "Neg")):
+            node = helper.make_node(operation, [tensor], [name], name=operation)
+            bodies[name] = helper.make_graph([node], name, [], [helper.make_tensor_value_info(name, FLOAT, None)])
+        return build.op("If", condition, **bodies)
+
+    asked = job(tmp_path, encoder(), decoder(branches))
+    rtx.write_plan(asked)
+    layers = json.loads((asked.output / LAYERS).read_text())["decoder"]["layers"]
+    assert "conditional_output" in {layer["type"] for layer in layers}
+    assert all(layer["outputs"] for layer in layers)
+
+
+def test_bfloat16_is_refused_early_where_the_gpu_has_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"tensorrt-rtx plans are hybrid or fp16 or fp32 for NVIDIA T4, not 'bf16'"):
+        build_bundle(
+            BuildRequest(gpu="t4", backend="tensorrt-rtx", precision="bf16", random_seed=0, model="small", out=tmp_path / "bundle")
+        )
+    assert not list(tmp_path.iterdir())
+    for backend in (full, rtx):
+        assert list(backend.precisions(T4)) == ["hybrid", "fp16", "fp32"]
+        for target in (A40, H200, TARGETS["a100"], TARGETS["b200"], TARGETS["rtx5090"]):
+            assert list(backend.precisions(target)) == ["hybrid", "fp16", "bf16", "fp32"]
 
 
 def test_unknown_operation_names_the_node(tmp_path: Path) -> None:
@@ -289,13 +394,18 @@ def test_an_interrupt_stops_the_build(tmp_path: Path, monkeypatch: pytest.Monkey
             phases.append(name)
             super().start(name, parent, steps)
 
+    reports: list[str] = []
+
     def interrupt(what: str, fraction: float) -> None:
-        raise KeyboardInterrupt
+        reports.append(what)
+        if len(reports) == 1:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "_Progress", Watched)
     asked = job(tmp_path, encoder(), decoder(), report=interrupt)
     with pytest.raises(KeyboardInterrupt):
         rtx.write_plan(asked)
+    assert reports[1:] == ["stopping; TensorRT finishes its step first"]
     assert "Optimizing graph" not in phases  # one of the last, after several steps that could stop the build
     assert not list(asked.output.iterdir())
 
@@ -380,6 +490,15 @@ def test_native_attention_is_kept_where_the_plugin_cannot_be_built(
     assert {path.name for path in asked.output.iterdir()} == {"encoder.engine", "decoder.engine", LAYERS}
 
 
+@pytest.mark.parametrize("error", [RuntimeError("at 3:5: unsupported"), KeyError("tile"), AssertionError()])
+def test_native_attention_is_kept_whatever_befalls_the_plugin(
+    full_machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(REGISTER, Mock(side_effect=error))
+    _, layers = full._build_stage(trt, "decoder", job(tmp_path, encoder(), decoder(summed_attention)))
+    assert layers["attention"] == {"taken": "native", "milliseconds": {}, "why_not": str(error) or "AssertionError"}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 def test_native_attention_is_kept_without_the_plugins_library(full_machine: None, tmp_path: Path) -> None:
     _, layers = full._build_stage(trt, "encoder", job(tmp_path, encoder(), decoder()))
@@ -451,4 +570,4 @@ def test_version_and_names() -> None:
     assert rtx.version() == trt.__version__
     assert (full.NAME, rtx.NAME) == ("tensorrt", "tensorrt-rtx")
     assert full._library is TENSORRT
-    assert rtx.PRECISIONS[0] == "hybrid"
+    assert rtx.precisions(A40)[0] == "hybrid"
