@@ -9,15 +9,21 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+import torch
 
 import smc
 from smc.compiler import verify
+from smc.compiler.checkpoint import random_weights
+from smc.compiler.config import resolve_config
 from smc.compiler.graph_engine import GraphEngine
+from smc.compiler.model import Mast3r
 from smc.compiler.optimize import StageGraph
 from smc.compiler.pipeline import PIPELINES, PipelineTask, fixed_dims
-from smc.compiler.source import OnnxSource
+from smc.compiler.source import MAPS, OnnxSource
 from smc.exported.images import to_bytes
+from tests.conformance import DATA
 
+CONFIG = DATA / "tiny_landscape.config.json"
 LANDSCAPE, PORTRAIT = (96, 128), (128, 96)
 
 
@@ -66,6 +72,56 @@ def test_one_shape_leaves_no_shape_arithmetic_and_constant_tables(source: OnnxSo
         if stage == "decoder":  # whose batch is fixed as well
             assert "Shape" not in counts
             assert all(isinstance(table, gs.Constant) for node in rotations for table in node.inputs[1:3])
+
+
+@pytest.mark.filterwarnings("ignore")  # the old exporter's, many
+@pytest.mark.parametrize(("opset", "dynamic"), [(17, False), (18, True)])
+def test_graphs_of_torchs_old_exporter_are_fused_as_well(
+    opset: int, dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "expm1", lambda x: x.exp() - 1)  # which that exporter does not know
+    config = resolve_config(str(CONFIG))
+    model = random_weights(config, 0).build_model()
+    names = {"encoder": (["img"], ["feat"]), "decoder": (["f1", "f2"], list(MAPS))}
+    features = torch.zeros(1, 6, 8, config.enc_embed_dim)
+    for stage, example in (("encoder", (torch.zeros(1, 3, *LANDSCAPE),)), ("decoder", (features, features))):
+        inputs, outputs = names[stage]
+        axes = {name: {0: "n"} for name in (*inputs, *outputs)} if dynamic else None
+        torch.onnx.export(
+            Stage(model, stage),
+            example,
+            tmp_path / f"{stage}.onnx",
+            opset_version=opset,
+            dynamo=False,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_axes=axes,
+        )
+    source = OnnxSource(tmp_path / "encoder.onnx", tmp_path / "decoder.onnx")
+    graphs = optimised(source, [LANDSCAPE], 1)
+    attentions = {"encoder": config.enc_depth, "decoder": 4 * config.dec_depth}
+    for stage, graph in graphs.items():
+        counts = Counter(node.op for node in graph.nodes)
+        assert (counts["Attention"], counts["RotaryEmbedding"]) == (attentions[stage], 2 * attentions[stage])
+        assert not {"Softmax", "Cos", "Sin", "Neg"} & set(counts)
+    (pair,) = verify.sample_pairs([LANDSCAPE])
+    (wanted,) = source.run([pair], lambda what, done: None)
+    for name, error in verify.compare(wanted, verify.run_engine(GraphEngine(graphs), pair), pair.shapes).outputs.items():
+        assert error.relative < 2e-5, name
+
+
+class Stage(torch.nn.Module):
+    """The encoder or the decoder as a module with tensors for arguments and results."""
+
+    def __init__(self, model: Mast3r, stage: str) -> None:
+        super().__init__()
+        self.model, self.stage = model, stage
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if self.stage == "encoder":
+            return self.model.encode(*inputs)
+        maps = self.model.decode(*inputs)
+        return tuple(maps[name] for name in MAPS)
 
 
 def test_names_of_dimensions_play_no_part(source: OnnxSource) -> None:
