@@ -134,7 +134,7 @@ class Stage:
     """
 
     def __init__(self, name: str, library: Library, trt: Any, plan: memoryview, verbose: bool = False) -> None:
-        self.name, self.library, self.trt = name, library, trt
+        self.name, self.trt_library, self.trt = name, library, trt
         self.log = make_log(trt, verbose)  # its own: errors are told from other stages' by where they are kept
         runtime = trt.Runtime(self.log)
         # A plan may hold programs for the CPU, which run as the user; this is the default, and stays so.
@@ -221,7 +221,7 @@ class Stage:
 
     def _make_runtime_config(self) -> Any:
         """How TensorRT-RTX, which compiles its kernels on the target, is to run; None for TensorRT."""
-        if self.library != TENSORRT_RTX:
+        if self.trt_library != TENSORRT_RTX:
             return None
         config = self.engine.create_runtime_config()
         # Compiling in the background would change kernels, and so the last bits of results, between two calls.
@@ -243,7 +243,7 @@ class Stage:
                 f"{self.name}: {what}: {needed:,} bytes are needed, {cuda.free_memory():,} are free on the GPU ({why[:300]})",
                 fix="free GPU memory, or use smaller images or batches",
             )
-        return BackendFailed(f"{self.name}: {what}: {self.library.title} says: {why[:500]}")
+        return BackendFailed(f"{self.name}: {what}: {self.trt_library.title} says: {why[:500]}")
 
 
 def _fits(shape: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]) -> bool:
@@ -299,7 +299,7 @@ class _Context:
 
     def _capture(self) -> cuda.Graph | None:
         """The engine's work as one graph, or None where it cannot be captured."""
-        if self._stage.library == TENSORRT_RTX or not self._context.is_stream_capturable(self._stream.handle):
+        if self._stage.trt_library == TENSORRT_RTX or not self._context.is_stream_capturable(self._stream.handle):
             return None
         return cuda.Graph(self._stream, self._enqueue)
 
