@@ -17,7 +17,6 @@ from pathlib import Path
 
 from smc.compiler import verify
 from smc.compiler.graph_engine import GraphEngine
-from smc.compiler.graph_files import read_graph
 from smc.compiler.optimize import StageGraph
 from smc.compiler.pipeline import PIPELINES, PipelineTask, Precision
 from smc.compiler.source import STAGES, OnnxSource
@@ -71,7 +70,7 @@ def typed(source: OnnxSource, precision: Precision, pair: verify.SamplePair, ref
             islands += sum(len(step.islands) for step in graph.write(Path(folder)).passes)
             del graph
         files = {path.name: memoryview(path.read_bytes()) for path in Path(folder).iterdir()}
-    return GraphEngine({stage: read_graph(files, stage) for stage in STAGES}), islands
+    return GraphEngine.from_files(files), islands
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def build(request: BuildRequest, report: Report = lambda description, fraction: 
     _check_request(request)
     target = find_target(request.gpu)
     backend = choose_backend(target, request.backend)
-    _choose_precision(request, backend, target)
+    precision = _choose_precision(request, backend, target)
     require_packages("building", ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors", "platformdirs"))
     _check_inputs(request)
     out = prepare_target(request.out)
@@ -122,7 +122,7 @@ def build(request: BuildRequest, report: Report = lambda description, fraction: 
         sweep_stale(out)
         clock.phase("weights", "reading weights", 0.01)
         source = _open_source(request)
-        job = _Build(request, source, target, backend, clock)
+        job = _Build(request, source, target, backend, precision, clock)
         key = job.key()
         if not request.force and dumper is None and (manifest := _up_to_date(out, key)):
             return BuildResult(out, manifest, reused=True)
@@ -132,9 +132,10 @@ def build(request: BuildRequest, report: Report = lambda description, fraction: 
 class _Build:
     """One build that has to be done."""
 
-    def __init__(self, request: BuildRequest, source: Source, target: Target, backend: Backend, clock: _Clock) -> None:
-        self.request, self.target, self.backend, self.clock = request, target, backend, clock
-        self.precision = _choose_precision(request, backend, target)
+    def __init__(
+        self, request: BuildRequest, source: Source, target: Target, backend: Backend, precision: Precision, clock: _Clock
+    ) -> None:
+        self.request, self.target, self.backend, self.precision, self.clock = request, target, backend, precision, clock
         self.info, self.reference, self.shapes = source.info, source.reference, _choose_shapes(request, source)
 
     def key(self) -> str:
@@ -194,8 +195,7 @@ class _Build:
             )
             if self.backend.runs_here(self.target):
                 self.clock.phase("verify", "loading the plan", 0.9)
-                needed = {name: info for name, info in files.items() if name not in manifest.verify_only}
-                engine = engine_for(manifest, read_files(staging.path, needed))
+                engine = engine_for(manifest, read_files(staging.path, manifest.plan_files))
                 verification = self._verify(engine, "plan", pairs, references, 0.92)
                 manifest = msgspec.structs.replace(manifest, verification=verification)
             staging.commit(manifest)
@@ -281,11 +281,10 @@ class _Build:
 def _graph_engine(staging: Staging, graphs: dict[str, str]) -> Engine:
     """The typed graphs as they were written."""
     from smc.compiler.graph_engine import GraphEngine
-    from smc.compiler.graph_files import read_graph
 
     with staging.writing() as directory:
         contents = {path.name: memoryview(path.read_bytes()) for path in directory.iterdir() if path.stem in graphs}
-    return GraphEngine({stage: read_graph(contents, stage) for stage in graphs})
+    return GraphEngine.from_files(contents)
 
 
 def _verify_only(stages: dict[str, str], files: Iterable[str]) -> list[str]:

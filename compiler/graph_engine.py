@@ -9,9 +9,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from smc.compiler.graph_files import read_graph
 from smc.compiler.graph_runner import GraphRunner
 from smc.exported.engines import Maps
-from smc.exported.images import to_bytes, to_unit_range
+from smc.exported.images import as_plan_input
 
 
 class GraphEngine:
@@ -26,12 +27,13 @@ class GraphEngine:
         self._encoder = GraphRunner(graphs["encoder"])
         self._decoder = GraphRunner(graphs["decoder"])
 
+    @classmethod
+    def from_files(cls, files: Mapping[str, memoryview]) -> GraphEngine:
+        """Over the graphs among a bundle's files, given by their contents. Raises BundleDamaged where they are none."""
+        return cls({stage: read_graph(files, stage) for stage in ("encoder", "decoder")})
+
     def encode(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[Any]:
-        pixels: NDArray[Any] = images
-        if self._image.dtype == np.uint8 and images.dtype != np.uint8:
-            pixels = to_bytes(images)  # type: ignore[arg-type]
-        elif self._image.dtype != np.uint8 and images.dtype == np.uint8:
-            pixels = to_unit_range(images)  # type: ignore[arg-type]
+        pixels = as_plan_input(images, self._image.dtype)
         (features,) = self._encoder.run({self._image.name: pixels}).values()
         return features
 

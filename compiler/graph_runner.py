@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from smc.exported.engines.onnxruntime import is_out_of_memory
 from smc.exported.errors import BackendFailed, OutOfMemory
 from smc.passes.tensors import Editor, is_output, producer, redirect
 
@@ -141,6 +142,6 @@ def _translated(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # the library raises plain RuntimeError and a dozen classes of its own
         text = str(error)
-        if isinstance(error, MemoryError) or any(sign in text for sign in ("bad_alloc", "bad allocation", "Failed to allocate memory")):
+        if is_out_of_memory(error):
             raise OutOfMemory(f"{what}: not enough memory ({text[:200]})", fix="free memory, or use smaller images") from error
         raise BackendFailed(f"{what}: ONNX Runtime failed: {text[:500]}") from error

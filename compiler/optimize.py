@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from smc.compiler.graph_files import GraphDumper, import_graph, write_graph
 from smc.compiler.pipeline import Pipeline, PipelineTask, fixed_dims
 from smc.compiler.reports import PassSummary, StageReport
 from smc.exported.errors import BadInput
-from smc.exported.images import to_bytes
+from smc.exported.images import as_plan_input
 from smc.passes.base import GraphRefused, Pass, PassReport
 
 if TYPE_CHECKING:
@@ -103,4 +102,4 @@ def _summary(report: PassReport) -> PassSummary:
 
 def _feed(graph: gs.Graph, values: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The graph's inputs by name; pixels as bytes where the graph takes those."""
-    return {tensor.name: to_bytes(value) if tensor.dtype == np.uint8 else value for tensor, value in zip(graph.inputs, values, strict=True)}
+    return {tensor.name: as_plan_input(value, tensor.dtype) for tensor, value in zip(graph.inputs, values, strict=True)}

@@ -195,7 +195,9 @@ def verify_bundle(bundle: Bundle, report: Report, images: tuple[ImageSource, Ima
             )
     else:
         reference = f"the {manifest.precision} graph in ONNX Runtime, not optimised"
-        references = [run_engine(_graph_engine(bundle), pair) for pair in pairs]
+        oracle = _graph_engine(bundle)
+        references = [run_engine(oracle, pair) for pair in pairs]
+        del oracle  # so that the two engines are never in memory together
     if engine is None:
         report("loading the plan")
         engine = load_engine(bundle)
@@ -218,9 +220,8 @@ def _graph_engine(bundle: Bundle) -> Engine:
     """The typed graphs of a bundle, in ONNX Runtime. Needs the packages of the extra `compile`, though not torch."""
     require_packages("verifying a plan without its GPU", ("onnx", "onnx_graphsurgeon"))
     from smc.compiler.graph_engine import GraphEngine
-    from smc.compiler.graph_files import read_graph
 
-    return GraphEngine({stage: read_graph(bundle.files, stage) for stage in bundle.manifest.graphs})
+    return GraphEngine.from_files(bundle.files)
 
 
 def compare_engine(

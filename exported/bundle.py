@@ -109,8 +109,7 @@ def _read_bundle(path: Path, directory: int) -> Bundle:
 
 def _read_plan(path: Path, directory: int) -> Bundle:
     manifest = _read_manifest(path, directory)
-    needed = {name: info for name, info in manifest.files.items() if name not in manifest.verify_only}
-    return Bundle(path, manifest, _read_files(path, directory, needed))
+    return Bundle(path, manifest, _read_files(path, directory, manifest.plan_files))
 
 
 def _read_files(path: Path, directory: int, files: Mapping[str, FileInfo]) -> dict[str, memoryview]:

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from smc.exported.errors import BadImage, BadInput, InputMissing, SmcError, UsageError
@@ -234,6 +234,16 @@ def _render(image: Image.Image, geometry: Geometry, exif: ExifChoice) -> View:
 def to_unit_range(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], rounded as the original does."""
     return np.ascontiguousarray(((rgb.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2), np.float32)
+
+
+def as_plan_input(images: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+    """Images in the form that a plan takes: uint8 (B, H, W, 3) as bytes, or float32 (B, 3, H, W) in [-1, 1].
+
+    Raises BadInput where a plan takes bytes and float32 pixels are not those of an 8-bit image.
+    """
+    if images.dtype == dtype:
+        return images
+    return to_bytes(images) if np.dtype(dtype) == np.uint8 else to_unit_range(images)
 
 
 def to_bytes(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:

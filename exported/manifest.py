@@ -140,6 +140,11 @@ class Manifest(_Record, frozen=True):
     verification: Verification
 
     @property
+    def plan_files(self) -> dict[str, FileInfo]:
+        """The files that matching needs."""
+        return {name: info for name, info in self.files.items() if name not in self.verify_only}
+
+    @property
     def input_shapes(self) -> list[tuple[int, int]]:
         """(H, W) of every input shape."""
         return [(shape.height, shape.width) for shape in self.shapes]

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import onnx_graphsurgeon as gs
 
@@ -52,6 +53,9 @@ class PassReport:
             self.declined.append(Declined(label(node), str(why)))
 
 
+R = TypeVar("R", bound=PassReport)
+
+
 class Pass(ABC):
     """One transformation of a graph that leaves its function unchanged."""
 
@@ -64,7 +68,11 @@ class Pass(ABC):
         """Change `graph` in place and fill `report`. Nodes that nothing reads any more may be left: they are removed after."""
 
     def __call__(self, graph: gs.Graph) -> PassReport:
-        report = PassReport(self.name, nodes_before=len(graph.nodes))
+        return self._apply(graph, PassReport(self.name))
+
+    def _apply(self, graph: gs.Graph, report: R) -> R:
+        """Rewrite `graph` and fill `report`, of the pass's own kind of report."""
+        report.nodes_before = len(graph.nodes)
         self.rewrite(graph, report)
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
         report.nodes_after = len(graph.nodes)

@@ -168,11 +168,7 @@ class HybridCast(Pass):
 
     def __call__(self, graph: gs.Graph) -> HybridCastReport:
         """Apply to `graph`, in place. Raises UnmatchedPattern, and GraphRefused where a tensor's type is unknown."""
-        report = HybridCastReport(self.name, nodes_before=len(graph.nodes))
-        self.rewrite(graph, report)
-        graph.cleanup(remove_unused_graph_inputs=False).toposort()
-        report.nodes_after = len(graph.nodes)
-        return report
+        return self._apply(graph, HybridCastReport(self.name))
 
     def rewrite(self, graph: gs.Graph, report: PassReport) -> None:
         assert isinstance(report, HybridCastReport)

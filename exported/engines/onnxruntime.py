@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from smc.exported.engines import Files, Maps
 from smc.exported.errors import BackendFailed, BundleMismatch, NoTarget, OutOfMemory
-from smc.exported.images import to_unit_range
+from smc.exported.images import as_plan_input
 
 try:
     import onnxruntime
@@ -41,7 +41,7 @@ class OnnxRuntimeEngine:
 
     def encode(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
         """images -> features (B, H/16, W/16, C), float32."""
-        pixels = to_unit_range(images) if images.dtype == np.uint8 else images  # type: ignore[arg-type]
+        pixels = as_plan_input(images, np.float32)
         with _translated("encoder"):
             return self._encoder.run(None, {self._image: pixels})[0]
 
@@ -67,6 +67,12 @@ def _load_session(files: Files, graph_name: str, threads: int | None, optimize: 
         return onnxruntime.InferenceSession(bytes(files[graph_name]), options, providers=["CPUExecutionProvider"])
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether one of ONNX Runtime's exceptions speaks of too little memory."""
+    signs = ("bad_alloc", "bad allocation", "Failed to allocate memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 @contextlib.contextmanager
 def _translated(what: str, needed: int = 0) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions into this package's."""
@@ -74,7 +80,7 @@ def _translated(what: str, needed: int = 0) -> Iterator[None]:
         yield
     except Exception as error:  # the library raises plain RuntimeError and a dozen classes of its own
         text = str(error)
-        if isinstance(error, MemoryError) or any(sign in text for sign in ("bad_alloc", "bad allocation", "Failed to allocate memory")):
+        if is_out_of_memory(error):
             size = f"; its weights alone take {needed:,} bytes" if needed else ""
             raise OutOfMemory(
                 f"{what}: not enough memory{size} ({text[:200]})", fix="free memory, or use smaller images or batches"

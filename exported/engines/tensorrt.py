@@ -19,7 +19,7 @@ from smc.exported.engines import Files, Maps
 from smc.exported.engines import cuda_memory as cuda
 from smc.exported.engines.tensorrt_library import LIBRARIES, TENSORRT_RTX, Library, is_out_of_memory, make_log
 from smc.exported.errors import BackendFailed, BadInput, BundleMismatch, OutOfMemory, SmcError
-from smc.exported.images import to_bytes, to_unit_range
+from smc.exported.images import as_plan_input
 from smc.exported.manifest import Manifest
 
 MAX_CONTEXTS = 4
@@ -57,7 +57,7 @@ class TensorRtEngine:
         cuda.use_device(self._device)
         stage = self._encoder
         (image,), (features,) = stage.inputs, stage.outputs
-        pixels = np.ascontiguousarray(_converted(images, stage.dtypes[image]))
+        pixels = np.ascontiguousarray(as_plan_input(images, stage.dtypes[image]))
         with stage.context({image: pixels.shape}) as context:
             context.run({image: pixels})
             return context.keep(features)
@@ -111,13 +111,6 @@ def choose_device(devices: list[cuda.Device], manifest: Manifest) -> cuda.Device
         f"the plan is for {manifest.target.gpu} (sm {manifest.target.sm}), and this machine has {found}",
         fix="build one for this machine: smc build --gpu NAME; smc targets lists the names",
     )
-
-
-def _converted(images: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Images as bytes or in [-1, 1], whichever the plan takes."""
-    if images.dtype == dtype:
-        return images
-    return to_bytes(images) if dtype == np.uint8 else to_unit_range(images)
 
 
 def _check_features(encoder: Stage, decoder: Stage) -> None:
