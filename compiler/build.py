@@ -18,13 +18,14 @@ from smc.compiler import verify
 from smc.compiler.backends import Backend, choose_backend
 from smc.compiler.backends.plan_job import PlanJob, Precision
 from smc.compiler.bundle_writer import Staging, prepare_target, sweep_stale, target_lock
-from smc.compiler.packages import require_packages
+from smc.compiler.packages import cache_directory, require_packages
 from smc.compiler.reports import PASSES, StageReport
 from smc.compiler.source import STAGES, CheckpointSource, OnnxSource, Source
 from smc.compiler.targets import Target, find_target
 from smc.compiler.verify import Outputs, SamplePair
 from smc.exported.bundle import open_bundle, read_files
 from smc.exported.engines import Engine, engine_for
+from smc.exported.engines.cuda_program import KERNELS, PLAN, WEIGHTS
 from smc.exported.engines.onnxruntime import WEIGHTS_SUFFIX
 from smc.exported.errors import InputMissing, SmcError, UsageError
 from smc.exported.manifest import FORMAT_VERSION, BackendInfo, Manifest, Shape, TargetInfo, Tolerance, Verification
@@ -63,6 +64,8 @@ class BuildRequest:
         precision: "fp32", "hybrid", "fp16" or "bf16", None for the backend's default.
         include, exclude: patterns of names of nodes that HybridCast puts into low precision, and leaves in float32.
         max_batch: pairs at once that a GPU's plan takes.
+        tuning: a file of `smc tune`, for the cuda backend; None for what the project knows of the GPU.
+        kernels: a directory of compiled kernels, of this or of another machine, that the cuda backend takes them from.
         dump_graphs: a directory to write the graph to after every pass.
         verbose: print the backend's own log to stderr.
         force: build even if the bundle is there already.
@@ -81,6 +84,8 @@ class BuildRequest:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     max_batch: int = 1
+    tuning: Path | None = None
+    kernels: Path | None = None
     dump_graphs: Path | None = None
     verbose: bool = False
     force: bool = False
@@ -113,6 +118,8 @@ def build(request: BuildRequest, report: Report = lambda description, fraction: 
     target = find_target(request.gpu)
     backend = choose_backend(target, request.backend)
     precision = _choose_precision(request, backend, target)
+    if (request.tuning or request.kernels) and backend.NAME != "cuda":
+        raise UsageError(f"{backend.NAME} plans take no tuning file and no kernels", fix="add --backend cuda")
     require_packages("building", ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors", "platformdirs"))
     _check_inputs(request)
     out = prepare_target(request.out)
@@ -154,6 +161,7 @@ class _Build:
             "shapes": [list(shape) for shape in self.shapes],
             "precision": [self.precision, list(self.request.include), list(self.request.exclude)],
             "max_batch": self.request.max_batch,
+            "ingredients": list(self.backend.ingredients(self.target, self.request.tuning)),
         }
         return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
 
@@ -246,8 +254,6 @@ class _Build:
         return reports
 
     def _write_plan(self, graphs: dict[str, str], staging: Staging) -> dict[str, str]:
-        import platformdirs
-
         with staging.writing() as directory:
             job = PlanJob(
                 graphs={stage: directory / name for stage, name in graphs.items()},
@@ -255,9 +261,11 @@ class _Build:
                 shapes=self.shapes,
                 max_batch=self.request.max_batch,
                 output=directory,
-                cache=Path(platformdirs.user_cache_dir("speedy-mast3r")),
+                cache=cache_directory(),
                 report=self.clock.within("plan", 0.65, 0.9),
                 verbose=self.request.verbose,
+                tuning=self.request.tuning,
+                kernels=self.request.kernels,
             )
             return self.backend.write_plan(job)
 
@@ -288,8 +296,10 @@ def _graph_engine(staging: Staging, graphs: dict[str, str]) -> Engine:
 
 
 def _verify_only(stages: dict[str, str], files: Iterable[str]) -> list[str]:
-    """The files that matching does not need: not a stage's plan, nor the weights beside it."""
+    """The files that matching does not need: not a stage's plan, nor the weights and kernels beside it."""
     needed = {stem for name in stages.values() for stem in (name, name.removesuffix(".onnx") + WEIGHTS_SUFFIX)}
+    if PLAN in needed:
+        needed |= {KERNELS, WEIGHTS}
     return sorted(set(files) - needed)
 
 

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections import Counter
@@ -51,6 +52,21 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in the ne
         return int(height), int(width)
 
 
+class CountsType(click.ParamType):  # type: ignore[type-arg]
+    """`1,2,4`: whole numbers."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = str(value).split(",")
+        if not all(part.isdecimal() for part in parts):
+            self.fail(f"{value!r} is not whole numbers with commas between, such as 1,2,4", param, ctx)
+        return tuple(map(int, parts))
+
+
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="smc")
 def cli() -> None:
@@ -70,7 +86,7 @@ def cli() -> None:
     metavar="ENCODER DECODER",
     help="Two ONNX files instead of a checkpoint; README says what they must take and return.",
 )
-@click.option("--model", metavar="NAME|FILE", help="With --random-weights: large, small or a config.json.  [default: large]")
+@click.option("--model", metavar="NAME|FILE", help="With --random-weights: large, small, pocket or a config.json.  [default: large]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle's directory. An older bundle there is removed.")
 @click.option(
     "--shape",
@@ -88,6 +104,8 @@ def cli() -> None:
 @click.option("--include", multiple=True, metavar="PATTERN", help="Nodes to put into low precision, by name; * stands for anything.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Nodes to leave in float32; goes before --include.")
 @click.option("--max-batch", default=1, show_default=True, help="Pairs at once that a GPU's plan takes.")
+@click.option("--tuning", type=click.Path(path_type=Path), metavar="FILE", help="A file of smc tune, for --backend cuda.")
+@click.option("--kernels", type=click.Path(path_type=Path), metavar="DIR", help="Take kernels from this cache of a build.")
 @click.option("--dump-graphs", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass, numbered.")
 @click.option("--verbose", is_flag=True, help="Print the backend's own log, and why passes left nodes alone.")
 @click.option("--force", is_flag=True, help="Build even if the bundle is up to date.")
@@ -216,6 +234,174 @@ def inspect(bundle: Path, layers: bool, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--shape", "shapes", type=ShapeType(), multiple=True, help="Input shape, several times for several.  [default: the first]")
+@click.option("--batch", "batches", type=CountsType(), help="Pairs at once.  [default: 1,2,4,8 on GPUs, 1 on CPUs]")
+@click.option("--peers/--no-peers", default=True, help="Also measure torch and ONNX Runtime, as far as they are installed.  [default: yes]")
+@click.option("--peer", "only", multiple=True, metavar="NAME", help="Of the peers, this one, several times for several.")
+@click.option("--ablation", is_flag=True, help="Also time the paper's techniques, added one by one.")
+@click.option(
+    "--with",
+    "others",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Another bundle of the same weights: for CPUs, for ONNX Runtime; in fp32 or hybrid, for --ablation, which else builds it.",
+)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="What the bundle was built from, for the torch model.")
+@click.option("--random-weights", "random_seed", type=click.IntRange(0), metavar="SEED", help="Random weights for the torch model.")
+@click.option("--repeat", default=20, show_default=True, type=click.IntRange(3), help="Samples a figure, at most.")
+@click.option("--timeout", default=900.0, show_default=True, type=click.FloatRange(1), help="Seconds that a contestant may take.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the images.  [default: a new one]")
+@click.option("--json", type=click.Path(path_type=Path), metavar="FILE", help="Write everything to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png, .svg or .pdf.")
+def bench(bundle: Path, shapes: Sequence[tuple[int, int]], **request: Any) -> None:
+    """Measure a bundle, its peers, and the paper's ablation."""
+    from smc.compiler.bench.run import BenchRequest
+    from smc.compiler.bench.run import bench as run_bench
+    from smc.compiler.bench.tables import tables
+    from smc.exported.errors import BackendFailed
+
+    with _progress() as report:
+        command = ["smc", *sys.argv[1:]]
+        found = run_bench(BenchRequest(bundle=bundle, shapes=shapes or None, command=command, **request), report)
+    for table in tables(found):
+        _print_table(table)
+        OUT.print()
+    if found.bundle["random_weights"]:
+        ERR.print("The weights of this bundle are random: times are a trained model's, numbers of matches are not.", style="yellow")
+    if failure := found.subject.result.failure:
+        raise BackendFailed(f"{bundle} could not be measured: {failure}")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--prepare", type=click.Path(path_type=Path), metavar="DIR", help="Only compile the candidates, into DIR; needs no GPU.")
+@click.option("--candidates", type=click.Path(path_type=Path), metavar="DIR", help="Only time candidates that --prepare compiled.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The tuning file to write, for smc build --tuning.")
+def tune(bundle: Path | None, prepare: Path | None, candidates: Path | None, out: Path | None) -> None:
+    """Time the kernels of a bundle of --backend cuda on this machine's GPU, and write down the fastest."""
+    from smc.compiler import tune as tuning
+    from smc.compiler.packages import cache_directory
+    from smc.exported.errors import UsageError
+
+    if (bundle is None) == (candidates is None) or (prepare is None) == (out is None) or (candidates and prepare):
+        raise UsageError(
+            "a bundle is tuned in one go, or in two steps",
+            fix="smc tune BUNDLE --out FILE; or smc tune BUNDLE --prepare DIR, and on the GPU smc tune --candidates DIR --out FILE",
+        )
+    with _progress() as report, tempfile.TemporaryDirectory() as scratch:
+        directory = candidates or prepare or Path(scratch)
+        if bundle is not None:
+            count = tuning.prepare(bundle, directory, cache_directory(), report)
+        if out is not None:
+            found = tuning.measure(directory, report)
+            tuning.write(found, out)
+    table = _table()
+    if out is None:
+        table.add_row("candidates", f"{count}, in {_printable(str(prepare))}")
+    else:
+        for operation, tuned in sorted(found.tiles.items(), key=lambda item: -item[1].microseconds):
+            table.add_row(f"{tuned.microseconds:.1f} us", _printable(operation))
+        table.add_row("tuning file", _printable(str(out)))
+    _print_table(table)
+
+
+@cli.command(name="eval")
+@click.argument("subject", metavar="BUNDLE|sift", required=False)
+@click.option(
+    "--data",
+    "data",
+    multiple=True,
+    metavar="KIND:PATH[:IMAGES]",
+    help="Pairs with ground truth, several times for several kinds: megadepth, scannet, pairs, hpatches, homography, scenes, rendered.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Results, a line a pair; continued if it was begun.")
+@click.option("--limit", type=click.IntRange(1), help="Draw this many pairs from each data set.  [default: all]")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of that draw, and of the robust estimation.")
+@click.option("--pose-threshold", default=1.0, show_default=True, type=POSITIVE, help="Largest epipolar error of an inlier, pixels.")
+@click.option("--homography-threshold", default=3.0, show_default=True, type=POSITIVE, help="Largest distance of an inlier, pixels.")
+@click.option(
+    "--subsample", default=8, show_default=True, type=click.IntRange(1), help="As for smc match, and so are the next four; for bundles."
+)
+@click.option("--both-ways", is_flag=True)
+@click.option("--pixel-tol", default=0.0, show_default=True, type=click.FloatRange(0))
+@click.option("--border", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--min-confidence", default=0.0, show_default=True)
+@click.option(
+    "--compare",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    metavar="FILE FILE",
+    help="Instead, show how the second file's results differ from the first's.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def evaluate(
+    subject: str | None,
+    data: Sequence[str],
+    out: Path | None,
+    limit: int | None,
+    seed: int,
+    pose_threshold: float,
+    homography_threshold: float,
+    compare: tuple[Path, Path] | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure how good matches are, on pairs with ground truth."""
+    import msgspec
+
+    from smc.compiler.evaluation import summary, tables
+    from smc.exported.errors import UsageError
+
+    if compare is not None:
+        if subject is not None or data or out is not None:
+            raise UsageError("--compare reads two files of results and evaluates nothing", fix="smc eval --compare FILE FILE")
+        compared = summary.compare(*compare, seed)
+        if as_json:
+            _print_json(msgspec.to_builtins(compared))
+            return
+        for table in tables.comparison_tables(compared):
+            _print_table(table)
+        return
+    if subject is None or not data or out is None:
+        raise UsageError("an evaluation needs a matcher, data and a file", fix="smc eval BUNDLE --data KIND:PATH --out FILE")
+
+    from smc.compiler.evaluation.data import open_data
+    from smc.compiler.evaluation.matchers import BundleMatcher, PairMatcher, SiftMatcher
+    from smc.compiler.evaluation.run import EvalRequest
+    from smc.compiler.evaluation.run import evaluate as run_evaluation
+    from smc.exported.matcher import load
+
+    with _progress() as report, _warnings_to_stderr():
+        report("reading the data's lists", 0.0)
+        sets = [open_data(each) for each in data]
+        report("loading the matcher", 0.0)
+        matcher: PairMatcher = SiftMatcher() if subject == "sift" else BundleMatcher(load(subject), **options)
+        request = EvalRequest(
+            matcher=matcher,
+            data=sets,
+            out=out,
+            limit=limit,
+            seed=seed,
+            pose_threshold=pose_threshold,
+            homography_threshold=homography_threshold,
+        )
+        found = run_evaluation(request, report)
+    if found.continued:
+        ERR.print(f"{found.continued} of {len(found.rows)} pairs were in the file already.")
+    summaries = summary.summarise(found.header.config, found.rows)
+    if as_json:
+        _print_json(msgspec.to_builtins(summaries))
+    else:
+        for table in tables.summary_tables(summaries):
+            _print_table(table)
+        OUT.print(_printable(str(out)))
+    if isinstance(matcher, BundleMatcher):
+        _say_if_random(matcher.matcher.manifest)
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def targets(as_json: bool) -> None:
     """List the machines that bundles can be built for."""
@@ -239,7 +425,7 @@ def targets(as_json: bool) -> None:
         if target.refusal:
             return f"refused: {target.refusal}"
         able = [
-            f"{backend.NAME} ({backend.CAVEAT})" if backend.CAVEAT else backend.NAME
+            f"{backend.NAME} ({caveat})" if (caveat := backend.caveat(target)) else backend.NAME
             for backend in BACKENDS
             if not refusals[target.name][backend.NAME]
         ]

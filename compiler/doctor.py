@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
@@ -16,7 +17,10 @@ PACKAGES = {
     "compile": ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "polygraphy", "safetensors", "platformdirs"),
     "tensorrt": ("tensorrt", "triton", "cuda-bindings"),
     "tensorrt-rtx": ("tensorrt-rtx-cu13", "cuda-bindings"),
-    "cuda": ("cuda-core", "cuda-bindings"),
+    "bench": ("matplotlib",),
+    "eval": ("poselib", "opencv-python-headless"),
+    "train": ("triton", "scikit-image"),
+    "cuda": ("cuda-bindings",),
 }
 """Extras of the distribution ("" the plain install) and the packages they bring."""
 
@@ -25,7 +29,10 @@ PURPOSES = {
     "compile": "build bundles",
     "tensorrt": "TensorRT plans",
     "tensorrt-rtx": "TensorRT-RTX plans",
-    "cuda": "CUDA plans, none in this version",
+    "bench": "plots of benchmarks",
+    "eval": "measuring accuracy",
+    "train": "training the small model",
+    "cuda": "CUDA plans",
 }
 
 
@@ -43,22 +50,35 @@ def examine() -> list[Finding]:
     """Every finding, in the order to show them."""
     python = Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     own = Finding("speedy-mast3r", "ok", VERSION)
-    return [own, python, _memory(), *(_extra(extra) for extra in PACKAGES), _nvidia_driver()]
+    return [own, python, _memory(), *(_extra(extra) for extra in PACKAGES), _kernel_compiler(), _nvidia_driver()]
 
 
 def _extra(extra: str) -> Finding:
-    found, lacking = [], []
-    for name in PACKAGES[extra]:
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            lacking.append(name)
+    found, lacking = _installed(PACKAGES[extra])
     subject = f"{PURPOSES[extra]} [{extra or 'plain install'}]"
     if not lacking:
         return Finding(subject, "ok", ", ".join(found))
     fix = f"pip install 'speedy-mast3r[{extra}]'" if extra else "pip install speedy-mast3r"
     state: Literal["missing", "absent"] = "missing" if extra in ("", "compile") else "absent"
     return Finding(subject, state, f"lacks {', '.join(lacking)}", fix)
+
+
+def _kernel_compiler() -> Finding:
+    """Triton is in no extra of its own: CUDA plans need it where they are built, on top of `[compile]`, and nowhere else."""
+    found, lacking = _installed(("triton",))
+    subject = "building CUDA plans"
+    return Finding(subject, "absent", "lacks triton", "pip install triton") if lacking else Finding(subject, "ok", found[0])
+
+
+def _installed(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of the packages that are installed, with their versions, and those that are not."""
+    found, lacking = [], []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lacking.append(name)
+    return found, lacking
 
 
 def _memory() -> Finding:

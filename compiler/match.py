@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from smc.compiler.bundle_writer import DISK_ERRNOS
+from smc.compiler.output_files import replacing
 from smc.exported.drawing import draw_matches
-from smc.exported.errors import CannotWrite, DiskError, UsageError
+from smc.exported.errors import CannotWrite, UsageError
 from smc.exported.images import ExifChoice, open_image
 from smc.exported.manifest import Manifest
 from smc.exported.matcher import Matches, load
@@ -99,10 +98,10 @@ def match_files(
         matches = matcher.match_features(features0, features1, **options)
 
     if out is not None:
-        with _replacing(out) as temporary:
+        with replacing(out) as temporary:
             np.savez(temporary, **matches.arrays())  # type: ignore[arg-type]  # numpy's stub reads every name as `allow_pickle`
     if viz is not None:
-        with _replacing(viz) as temporary:
+        with replacing(viz) as temporary:
             _save_picture(draw_matches(open_image(image0, exif), open_image(image1, exif), matches), temporary)
     return MatchResult(matches, matcher.manifest, seconds)
 
@@ -116,17 +115,3 @@ def _save_picture(picture: Image.Image, path: Path) -> None:
         # The encoder's own complaint: JPEG ends at 65,500 pixels a side, WebP at 16,383.
         size = f"{picture.width}x{picture.height}"
         raise CannotWrite(f"a picture of {size} does not go into {path.suffix}: {error}", fix="take .png") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes it at the end, so that no reader sees half a file."""
-    temporary = path.with_name(f".smc-{secrets.token_hex(8)}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        kind = DiskError if error.errno in DISK_ERRNOS else CannotWrite
-        raise kind(f"{path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -251,7 +251,7 @@ class PredictionHead(nn.Module):
         self.dpt = DPTHead(config)
         token_dim = config.enc_embed_dim + config.dec_embed_dim
         channels = config.desc_dim + int(config.two_confs)
-        self.head_local_features = Mlp(token_dim, 4 * token_dim, channels * config.patch_size**2)
+        self.head_local_features = Mlp(token_dim, config.desc_mlp_hidden, channels * config.patch_size**2)
 
     def forward(self, levels: list[Tensor], rows: int, cols: int) -> dict[str, Tensor]:
         config = self.config

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 
 from smc.exported.errors import NoTarget
 
-DISTRIBUTIONS = {"onnx_graphsurgeon": "onnx-graphsurgeon", "tensorrt_rtx": "tensorrt-rtx-cu13", "cuda.bindings": "cuda-bindings"}
+DISTRIBUTIONS = {
+    "onnx_graphsurgeon": "onnx-graphsurgeon",
+    "tensorrt_rtx": "tensorrt-rtx-cu13",
+    "cuda.bindings": "cuda-bindings",
+    "cv2": "opencv-python-headless",
+}
 """Names to install, where they differ from the names to import."""
 
 
@@ -20,6 +26,14 @@ def require_packages(purpose: str, names: Iterable[str]) -> None:
     """Raise NoTarget, saying what to install, unless all are installed."""
     if missing := missing_packages(names):
         raise NoTarget(f"{purpose} needs {', '.join(missing)}, which is not installed", fix=f"pip install {' '.join(missing)}")
+
+
+def cache_directory() -> Path:
+    """Where this user's builds keep what the next ones can use. Raises NoTarget where platformdirs is not installed."""
+    require_packages("finding the cache", ("platformdirs",))
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("speedy-mast3r"))
 
 
 def _is_installed(name: str) -> bool:

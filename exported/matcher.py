@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smc.exported.bundle import open_bundle
-from smc.exported.engines import Engine, load_engine
+from smc.exported.engines import DeviceEngine, Engine, MatchingEngine, MatchRequest, PairMatches, load_engine
 from smc.exported.errors import BadInput, UsageError
 from smc.exported.images import ExifChoice, ImageSource, View, load_view
 from smc.exported.manifest import Manifest
 from smc.exported.matching import fast_reciprocal_nn, match_confidence, reciprocal_nn_both_ways
+
+if TYPE_CHECKING:
+    from smc.exported.engines.cuda_memory import DeviceArray
 
 WARN_KEPT = 0.7
 """The fraction of an image's area that the crop must keep for `encode` to stay silent."""
@@ -104,27 +107,18 @@ class Matcher:
             BadInput, UsageError: an option is out of range.
         """
         _check_options(pixel_tol, both_ways, border)  # before the encoder runs
-        return self.match_features(
-            self.encode(image0, exif=exif),
-            self.encode(image1, exif=exif),
-            subsample,
-            pixel_tol=pixel_tol,
-            both_ways=both_ways,
-            border=border,
-            min_confidence=min_confidence,
-            points3d=points3d,
-        )
+        request = MatchRequest(subsample, pixel_tol, both_ways, points3d)
+        view0, view1 = self._load(image0, exif), self._load(image1, exif)
+        if isinstance(self._engine, MatchingEngine):
+            found = self._engine.match_images(view0.rgb, view1.rgb, request)
+        else:
+            tokens0, tokens1 = (self._engine.encode(view.rgb[None]) for view in (view0, view1))
+            found = self._match_on_host(tokens0, tokens1, request)
+        return _in_images(found, view0, view1, border, min_confidence)
 
     def encode(self, image: ImageSource, *, exif: ExifChoice = "apply") -> Features:
         """Encode one image, to be matched against any number of others. Raises InputMissing, BadImage, UsageError."""
-        view = load_view(image, self.manifest.input_shapes, exif)
-        if view.kept < WARN_KEPT:
-            width, height = view.image_size
-            warnings.warn(
-                f"the bundle's input shapes keep only {view.kept:.0%} of a {width}x{height} image; "
-                "build it with a --shape of that aspect ratio",
-                stacklevel=2,
-            )
+        view = self._load(image, exif)
         return Features(self._engine.encode(view.rgb[None]), view, self.manifest.build_key)
 
     def match_features(
@@ -145,46 +139,72 @@ class Matcher:
             raise BadInput("these features were encoded by another bundle", fix="encode the images with this matcher")
         if features0.view.exif != features1.view.exif:
             raise BadInput("one image was encoded with exif='apply' and the other with exif='ignore'", fix="encode both alike")
-        maps = self._decode(features0.tokens, features1.tokens)
-        desc1, desc2, conf1, conf2 = maps["desc1"], maps["desc2"], maps["desc_conf1"], maps["desc_conf2"]
-        if both_ways:
-            xy0, xy1, confidence = reciprocal_nn_both_ways(desc1, desc2, conf1, conf2, subsample)
+        request = MatchRequest(subsample, pixel_tol, both_ways, points3d)
+        if isinstance(self._engine, MatchingEngine):
+            found = self._engine.match_features(features0.tokens, features1.tokens, request)
         else:
-            xy0, xy1 = fast_reciprocal_nn(desc1, desc2, subsample, pixel_tol)
-            confidence = match_confidence(xy0, xy1, conf1, conf2)
+            found = self._match_on_host(features0.tokens, features1.tokens, request)
+        return _in_images(found, features0.view, features1.view, border, min_confidence)
 
-        kept = confidence >= min_confidence
-        for xy, (height, width) in ((xy0, conf1.shape), (xy1, conf2.shape)):
-            x, y = xy.T
-            kept &= (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
-        xy0, xy1 = xy0[kept], xy1[kept]
-        return Matches(
-            keypoints0=features0.view.to_image(xy0),
-            keypoints1=features1.view.to_image(xy1),
-            confidence=confidence[kept],
-            image_size0=features0.view.image_size,
-            image_size1=features1.view.image_size,
-            exif=features0.view.exif,
-            points0=maps["pts3d1"][xy0[:, 1], xy0[:, 0]] if points3d else None,
-            points1=maps["pts3d2"][xy1[:, 1], xy1[:, 0]] if points3d else None,
-        )
+    @overload
+    def infer(
+        self, view0: NDArray[np.float32], view1: NDArray[np.float32], on_device: Literal[False] = False
+    ) -> dict[str, NDArray[np.float32]]: ...
 
-    def infer(self, view0: NDArray[np.float32], view1: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    @overload
+    def infer(self, view0: NDArray[np.float32], view1: NDArray[np.float32], on_device: Literal[True]) -> dict[str, DeviceArray]: ...
+
+    def infer(
+        self, view0: NDArray[np.float32], view1: NDArray[np.float32], on_device: bool = False
+    ) -> dict[str, NDArray[np.float32]] | dict[str, DeviceArray]:
         """The network alone.
 
         Args:
             view0, view1: float32 (1, 3, H, W) in [-1, 1], each of a shape that the bundle was built for.
+            on_device: leave the maps on the GPU, where CuPy, torch and others read them in place (`__cuda_array_interface__`, DLPack).
 
         Returns:
             `pts3d1`, `pts3d2` (H, W, 3) in the first camera's frame, `conf1`, `conf2` (H, W), `desc1`, `desc2` (H, W, D) of
             unit norm, `desc_conf1`, `desc_conf2` (H, W); all float32.
 
         Raises:
-            BadInput: an array of another type or shape.
+            BadInput: an array of another type or shape, or one of no 8-bit image where the plan takes bytes.
+            UsageError: `on_device` with a bundle whose maps come to the host.
         """
         for view in (view0, view1):
             self._check_view(view)
-        return self._decode(self._engine.encode(view0), self._engine.encode(view1))
+        if not on_device:
+            return self._decode(self._engine.encode(view0), self._engine.encode(view1))
+        if not isinstance(self._engine, DeviceEngine):
+            backend = self.manifest.backend.name
+            raise UsageError(f"maps of {backend} plans come to the host", fix="leave out on_device, or build with --backend cuda")
+        maps = self._engine.decode_on_device(self._engine.encode(view0), self._engine.encode(view1))
+        return {name: values[0] for name, values in maps.items()}
+
+    def _load(self, image: ImageSource, exif: ExifChoice) -> View:
+        """An image as the network sees it. Warns where the crop loses much of it."""
+        view = load_view(image, self.manifest.input_shapes, exif)
+        if view.kept < WARN_KEPT:
+            width, height = view.image_size
+            warnings.warn(
+                f"the bundle's input shapes keep only {view.kept:.0%} of a {width}x{height} image; "
+                "build it with a --shape of that aspect ratio",
+                stacklevel=3,
+            )
+        return view
+
+    def _match_on_host(self, tokens0: Any, tokens1: Any, request: MatchRequest) -> PairMatches:
+        maps = self._decode(tokens0, tokens1)
+        desc1, desc2, conf1, conf2 = maps["desc1"], maps["desc2"], maps["desc_conf1"], maps["desc_conf2"]
+        if request.both_ways:
+            xy1, xy2, confidence = reciprocal_nn_both_ways(desc1, desc2, conf1, conf2, request.subsample)
+        else:
+            xy1, xy2 = fast_reciprocal_nn(desc1, desc2, request.subsample, request.pixel_tol)
+            confidence = match_confidence(xy1, xy2, conf1, conf2)
+        if not request.points3d:
+            return PairMatches(xy1, xy2, confidence)
+        points1, points2 = (maps[name][xy[:, 1], xy[:, 0]] for name, xy in (("pts3d1", xy1), ("pts3d2", xy2)))
+        return PairMatches(xy1, xy2, confidence, points1, points2)
 
     def _decode(self, tokens0: Any, tokens1: Any) -> dict[str, NDArray[np.float32]]:
         return {name: value[0] for name, value in self._engine.decode(tokens0, tokens1).items()}
@@ -198,6 +218,25 @@ class Matcher:
                 f"a view of {view.shape[3]}x{view.shape[2]}: the bundle was built for {known}",
                 fix=f"build it with --shape {view.shape[3]}x{view.shape[2]}",
             )
+
+
+def _in_images(found: PairMatches, view0: View, view1: View, border: int, min_confidence: float) -> Matches:
+    """Matches in pixels of the images, without those too near the edge of the network's input or of too little confidence."""
+    kept = found.confidence >= min_confidence
+    for xy, view in ((found.xy1, view0), (found.xy2, view1)):
+        height, width = view.rgb.shape[:2]
+        x, y = xy.T
+        kept &= (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
+    return Matches(
+        keypoints0=view0.to_image(found.xy1[kept]),
+        keypoints1=view1.to_image(found.xy2[kept]),
+        confidence=found.confidence[kept],
+        image_size0=view0.image_size,
+        image_size1=view1.image_size,
+        exif=view0.exif,
+        points0=None if found.points1 is None else found.points1[kept],
+        points1=None if found.points2 is None else found.points2[kept],
+    )
 
 
 def _check_options(pixel_tol: float, both_ways: bool, border: int) -> None:

@@ -81,7 +81,7 @@ def fast_reciprocal_nn(
         # NaN would be every query's maximum: matching would go on, and find nothing else.
         raise BadInput("descriptors hold NaN or infinite values")
 
-    starts = _starting_points(desc1.shape[0], width1, subsample, start_xy)
+    starts = starting_points(desc1.shape[0], width1, subsample, start_xy)
     index1, index2 = starts.copy(), np.full_like(starts, -1)
     walking = np.arange(len(starts))  # positions in the lists of the walks that have not closed
     for _ in range(1 if pixel_tol > 0 or start_xy is not None else MAX_WALK):
@@ -132,7 +132,7 @@ def match_confidence(xy1: Indices, xy2: Indices, conf1: NDArray[np.float32], con
     return np.minimum(conf1[xy1[:, 1], xy1[:, 0]], conf2[xy2[:, 1], xy2[:, 0]])
 
 
-def _starting_points(height: int, width: int, subsample: int, start_xy: object) -> Indices:
+def starting_points(height: int, width: int, subsample: int, start_xy: object) -> Indices:
     """Unique, sorted row-major indices of the starting points."""
     if start_xy is None:
         if not isinstance(subsample, int | np.integer) or subsample < 1:

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from smc.passes.base import Pass, PassReport, Refusal, label
-from smc.passes.tensors import Editor, dims, is_number_type, rank, sole_reader
+from smc.passes.hybrid_cast import DATA_MOVEMENT
+from smc.passes.tensors import Editor, dims, is_number_type, rank, sole_reader, static_dim
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class MergeProjections(Pass):
 
     Merged are all products of one tensor with constant matrices, each read only by the Add of a constant vector as wide. One whose
     weights or bias other nodes read too is left alone, because the weights would then be in the graph twice. Counted are the
-    layers merged.
+    layers merged. Those whose outputs are rotated come first, the ones that are wholly so before the others: what is rotated is then
+    the first channels, which a product's kernel can rotate on the way.
     """
 
     def rewrite(self, graph: gs.Graph, report: PassReport) -> None:
@@ -40,6 +42,7 @@ class MergeProjections(Pass):
                 with report.attempt(product):
                     merged.append(_linear(graph, product))
             if len(merged) > 1:
+                merged.sort(key=lambda layer: -_rotated_share(layer.output))
                 _merge(edit, products[0].inputs[0], merged)
                 report.rewrites += len(merged)
 
@@ -68,6 +71,20 @@ def _linear(graph: gs.Graph, product: gs.Node) -> _Linear:
         if others:
             raise Refusal(f"{constant.name} is also read by {', '.join(others)}")
     return _Linear(weight, bias, add.outputs[0], label(add))
+
+
+def _rotated_share(tensor: gs.Tensor) -> float:
+    """How much of a layer's output rotations read, through movements of data: 1 for all of it."""
+    rotated, pending = 0.0, [tensor]
+    while pending:
+        for node in pending.pop().outputs:
+            if node.op == "RotaryEmbedding":
+                width, heads, channels = static_dim(tensor, -1), static_dim(node.inputs[0], 1), static_dim(node.inputs[0], -1)
+                if width and heads and channels:
+                    rotated += heads * channels / width
+            elif node.op in DATA_MOVEMENT:
+                pending.extend(node.outputs)
+    return rotated
 
 
 def _merge(edit: Editor, x: gs.Tensor, layers: list[_Linear]) -> None:

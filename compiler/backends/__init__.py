@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
-from smc.compiler.backends import onnxruntime, tensorrt
+from smc.compiler.backends import cuda, onnxruntime, tensorrt
 from smc.compiler.backends.plan_job import PlanJob, Precision
 from smc.compiler.targets import Target
 from smc.exported.errors import NoTarget, UsageError
@@ -15,8 +16,9 @@ class Backend(Protocol):
     """What a build side offers."""
 
     NAME: str
-    CAVEAT: str
-    """What a user should know before relying on it, or empty."""
+
+    def caveat(self, target: Target) -> str:
+        """What a user should know before relying on it for `target`, or ""."""
 
     def refusal(self, target: Target) -> str:
         """Why plans for `target` cannot be built by this backend on this machine, or "" if they can."""
@@ -27,6 +29,9 @@ class Backend(Protocol):
     def version(self) -> str:
         """Version of the library that the plan is for."""
 
+    def ingredients(self, target: Target, tuning: Path | None) -> Sequence[str]:
+        """What else a plan depends on, as text that changes with it. Raises BadInput: the tuning file cannot be read."""
+
     def runs_here(self, target: Target) -> bool:
         """Whether this machine can run a plan for `target`."""
 
@@ -34,7 +39,7 @@ class Backend(Protocol):
         """Write the plan's files from the typed graphs; returns the file of each stage."""
 
 
-BACKENDS: Sequence[Backend] = (tensorrt.full, tensorrt.rtx, onnxruntime)
+BACKENDS: Sequence[Backend] = (tensorrt.full, tensorrt.rtx, cuda, onnxruntime)
 
 
 def choose_backend(target: Target, name: str | None = None) -> Backend:

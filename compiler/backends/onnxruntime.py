@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from smc.compiler.backends.plan_job import PlanJob, Precision
 from smc.compiler.targets import Target
 
 NAME = "onnxruntime"
-CAVEAT = ""
+
+
+def caveat(target: Target) -> str:
+    return ""
 
 
 def refusal(target: Target) -> str:
@@ -22,6 +26,10 @@ def precisions(target: Target) -> Sequence[Precision]:
 
 def version() -> str:
     return metadata.version("onnxruntime")
+
+
+def ingredients(target: Target, tuning: Path | None) -> Sequence[str]:
+    return ()
 
 
 def runs_here(target: Target) -> bool:

@@ -25,6 +25,7 @@ class PlanJob:
         cache: the directory, of this user, for what backends remember between builds; made when first used.
         report: told what is being done and which fraction of the plan is done, from 0 to 1.
         verbose: whether the backend's own log goes to stderr.
+        tuning, kernels: see `BuildRequest`.
     """
 
     graphs: Mapping[str, Path]
@@ -35,3 +36,5 @@ class PlanJob:
     cache: Path
     report: Callable[[str, float], None] = lambda description, fraction: None
     verbose: bool = False
+    tuning: Path | None = None
+    kernels: Path | None = None

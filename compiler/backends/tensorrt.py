@@ -61,11 +61,12 @@ _RUNS = 50
 class _TensorRtBackend(ABC):
     """What the two libraries share: parsing, building, progress, errors and the list of layers."""
 
-    CAVEAT = "not run on hardware yet"
-
     def __init__(self, library: Library) -> None:
         self.NAME = library.name
         self._library = library
+
+    def caveat(self, target: Target) -> str:
+        return "not run on hardware yet"
 
     @abstractmethod
     def refusal(self, target: Target) -> str:
@@ -87,6 +88,9 @@ class _TensorRtBackend(ABC):
 
     def version(self) -> str:
         return str(self._library.load().__version__)
+
+    def ingredients(self, target: Target, tuning: Path | None) -> Sequence[str]:
+        return ()
 
     def runs_here(self, target: Target) -> bool:
         try:

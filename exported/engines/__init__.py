@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,32 @@ from smc.exported.bundle import Bundle
 from smc.exported.errors import BundleMismatch
 from smc.exported.manifest import Manifest
 
+if TYPE_CHECKING:
+    from smc.exported.engines.cuda_memory import DeviceArray
+
 Maps = dict[str, NDArray[np.float32]]
 Files = Mapping[str, memoryview]
+
+
+@dataclass(frozen=True)
+class MatchRequest:
+    """How to match two decoded images; see `Matcher.match`."""
+
+    subsample: int
+    pixel_tol: float = 0
+    both_ways: bool = False
+    points3d: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class PairMatches:
+    """Matches in network pixels: xy1, xy2 int64 (K, 2), confidence float32 (K,), and the 3D points float32 (K, 3) if asked for."""
+
+    xy1: NDArray[np.int64]
+    xy2: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    points1: NDArray[np.float32] | None = None
+    points2: NDArray[np.float32] | None = None
 
 
 class Engine(Protocol):
@@ -27,6 +52,25 @@ class Engine(Protocol):
 
     def decode(self, features1: Any, features2: Any) -> Maps:
         """Features of B images each -> `pts3d{1,2}`, `conf{1,2}`, `desc{1,2}`, `desc_conf{1,2}`, float32, batch first."""
+
+
+@runtime_checkable
+class MatchingEngine(Engine, Protocol):
+    """An engine that also matches, where its maps are."""
+
+    def match_images(self, image1: NDArray[np.uint8], image2: NDArray[np.uint8], request: MatchRequest) -> PairMatches:
+        """Two images uint8 (H, W, 3), each of a shape of the plan. Raises BadInput."""
+
+    def match_features(self, features1: Any, features2: Any, request: MatchRequest) -> PairMatches:
+        """Features of one image each. Raises BadInput."""
+
+
+@runtime_checkable
+class DeviceEngine(Engine, Protocol):
+    """An engine that can leave the maps on the GPU."""
+
+    def decode_on_device(self, features1: Any, features2: Any) -> dict[str, DeviceArray]:
+        """As `decode`; the maps are there when it returns."""
 
 
 def load_engine(bundle: Bundle, threads: int | None = None) -> Engine:
@@ -55,4 +99,8 @@ def engine_for(manifest: Manifest, files: Files, threads: int | None = None) -> 
         from smc.exported.engines.tensorrt import TensorRtEngine
 
         return TensorRtEngine(files, manifest)
+    if backend == "cuda":
+        from smc.exported.engines.cuda import CudaEngine
+
+        return CudaEngine(files, manifest)
     raise BundleMismatch(f"the bundle's backend is {backend!r}, which this version does not know", fix="upgrade speedy-mast3r")

@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from smc.exported.engines import dlpack
 from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory, SmcError
 
 try:
+    from cuda.bindings import driver
     from cuda.bindings import runtime as cudart
 except ImportError as error:
     raise NoTarget(f"NVIDIA GPUs need cuda-bindings, which cannot be imported ({error})", fix="pip install cuda-bindings") from error
@@ -76,6 +79,25 @@ def use_device(index: int) -> None:
     _check(cudart.cudaSetDevice(index), f"choosing GPU {index}")
 
 
+@contextmanager
+def on_device(index: int) -> Iterator[None]:
+    """Make a GPU the thread's for a while: the caller's own calls, or torch's, may be for another one."""
+    before = int(_check(cudart.cudaGetDevice(), "asking for the thread's GPU"))
+    use_device(index)
+    try:
+        yield
+    finally:
+        if before != index and _is_used(before):
+            with suppress(SmcError):
+                use_device(before)
+
+
+def _is_used(index: int) -> bool:
+    """Whether this process has a context on a GPU: going back to one without would make it, and take hundreds of megabytes there."""
+    status, _, active = driver.cuDevicePrimaryCtxGetState(index)
+    return status == driver.CUresult.CUDA_SUCCESS and bool(active)
+
+
 def free_memory() -> int:
     """Bytes that are free on the thread's GPU."""
     free, _ = _check(cudart.cudaMemGetInfo(), "asking for free memory")
@@ -85,8 +107,11 @@ def free_memory() -> int:
 class Stream:
     """A queue of work on the GPU, independent of the default one."""
 
-    def __init__(self) -> None:
-        stream = _check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking), "making a stream")
+    def __init__(self, urgent: bool = True) -> None:
+        """Of the blocks that wait for a multiprocessor, those of urgent streams go first."""
+        least, most = _check(cudart.cudaDeviceGetStreamPriorityRange(), "asking for priorities")
+        priority = most if urgent else least
+        stream = _check(cudart.cudaStreamCreateWithPriority(cudart.cudaStreamNonBlocking, priority), "making a stream")
         self.handle = int(stream)
         weakref.finalize(self, cudart.cudaStreamDestroy, stream).atexit = False
 
@@ -94,9 +119,48 @@ class Stream:
         """Queue a copy between any two of host and device addresses."""
         _check(cudart.cudaMemcpyAsync(to, source, nbytes, cudart.cudaMemcpyKind.cudaMemcpyDefault, self.handle), "copying")
 
+    def wait(self, event: Event) -> None:
+        """Let what is queued from now on wait for an event. In a capture, this takes another stream into it."""
+        _check(cudart.cudaStreamWaitEvent(self.handle, event.handle, 0), "waiting for an event")
+
     def synchronize(self) -> None:
         """Wait until everything queued is done. Raises BackendFailed if some of it failed."""
         _check(cudart.cudaStreamSynchronize(self.handle), "running on the GPU")
+
+
+def upload(stream: Stream, to: int, data: memoryview | bytes) -> None:
+    """Copy a file's contents to the GPU, and wait for it."""
+    source = np.frombuffer(data, np.uint8)
+    if source.nbytes:
+        stream.copy(to, source.ctypes.data, source.nbytes)
+    stream.synchronize()
+
+
+def elapsed(stream: Stream, enqueue: Callable[[], object]) -> float:
+    """Seconds between the beginning and the end of what `enqueue` queues on a stream, by the GPU's clock."""
+    begin, end = (_check(cudart.cudaEventCreate(), "making an event") for _ in range(2))
+    try:
+        _check(cudart.cudaEventRecord(begin, stream.handle), "recording an event")
+        enqueue()
+        _check(cudart.cudaEventRecord(end, stream.handle), "recording an event")
+        stream.synchronize()
+        return float(_check(cudart.cudaEventElapsedTime(begin, end), "reading a time")) / 1000
+    finally:
+        for event in (begin, end):
+            cudart.cudaEventDestroy(event)
+
+
+class Event:
+    """A moment on a stream, that others can wait for."""
+
+    def __init__(self) -> None:
+        event = _check(cudart.cudaEventCreateWithFlags(cudart.cudaEventDisableTiming), "making an event")
+        self.handle = int(event)
+        weakref.finalize(self, cudart.cudaEventDestroy, event).atexit = False
+
+    def record(self, stream: Stream) -> None:
+        """Make it the moment when everything that is queued on a stream now is done."""
+        _check(cudart.cudaEventRecord(self.handle, stream.handle), "recording an event")
 
 
 class Graph:
@@ -116,10 +180,11 @@ class Graph:
         finally:
             ended = cudart.cudaStreamEndCapture(stream.handle)  # also after a failure: the stream would stay in capture
         captured = _check(ended, "ending a capture")
-        graph = _check(cudart.cudaGraphInstantiate(captured, 0), "making a captured graph runnable")
-        _check(cudart.cudaGraphDestroy(captured), "freeing a captured graph")
-        self._graph = graph
-        weakref.finalize(self, cudart.cudaGraphExecDestroy, graph).atexit = False
+        try:
+            self._graph = _check(cudart.cudaGraphInstantiate(captured, 0), "making a captured graph runnable")
+        finally:
+            cudart.cudaGraphDestroy(captured)
+        weakref.finalize(self, cudart.cudaGraphExecDestroy, self._graph).atexit = False
 
     def launch(self, stream: Stream) -> None:
         _check(cudart.cudaGraphLaunch(self._graph, stream.handle), "launching a captured graph")
@@ -130,20 +195,34 @@ class Block:
 
     def __init__(self, pool: MemoryPool, address: int, nbytes: int) -> None:
         self.address, self.nbytes = address, nbytes
-        weakref.finalize(self, pool._put_back, address, nbytes).atexit = False
+        self._lent: list[bool] = []
+        weakref.finalize(self, pool._put_back, address, nbytes, self._lent).atexit = False
+
+    def lend(self) -> None:
+        """Note that other libraries have the address: work of theirs may still be pending when the block is let go."""
+        self._lent[:] = [True]
 
 
 class MemoryPool:
     """Memory in blocks that are kept for the next request of the same size: a plan asks for a few sizes, over and over.
 
-    A block must have no work pending when it is let go, since the next user may be on another stream.
+    A block must have no work pending when it is let go, since the next user may be on another stream; unless it was lent.
     """
 
-    def __init__(self, name: str, allocate: Callable[[int], tuple[Any, ...]], free: Callable[[int], object]) -> None:
-        self._name, self._allocate, self._free = name, allocate, free
+    def __init__(
+        self,
+        name: str,
+        allocate: Callable[[int], tuple[Any, ...]],
+        free: Callable[[int], object],
+        settle: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`free` and `settle` wait for everything that runs on the GPU."""
+        self._name, self._allocate, self._free, self._settle = name, allocate, free, settle
         self._idle: dict[int, list[int]] = {}  # size -> addresses
+        self._lent: dict[int, list[int]] = {}  # those that others may still be at work on
         self._lock = threading.RLock()  # a block may be collected, and put back, inside `take`
-        weakref.finalize(self, _free_all, self._idle, free).atexit = False
+        for blocks in (self._idle, self._lent):
+            weakref.finalize(self, _free_all, blocks, free).atexit = False
 
     def take(self, nbytes: int) -> Block:
         """A block of at least 256-byte alignment.
@@ -152,6 +231,8 @@ class MemoryPool:
             OutOfMemory: so much is not there.
         """
         with self._lock:
+            if not self._idle.get(nbytes) and self._lent.get(nbytes):
+                self._reclaim()
             addresses = self._idle.get(nbytes)
             address = addresses.pop() if addresses else self._new(nbytes)
         return Block(self, address, nbytes)
@@ -160,6 +241,15 @@ class MemoryPool:
         """Free what is kept and not in use."""
         with self._lock:
             _free_all(self._idle, self._free)
+            _free_all(self._lent, self._free)
+
+    def _reclaim(self) -> None:
+        """Make the blocks that were lent, and have come back, idle ones."""
+        returned = {size: list(addresses) for size, addresses in self._lent.items()}  # one that comes back meanwhile is not waited for
+        self._settle()
+        for size, addresses in returned.items():
+            del self._lent[size][: len(addresses)]
+            self._idle.setdefault(size, []).extend(addresses)
 
     def _new(self, nbytes: int) -> int:
         status, address = self._allocate(nbytes)
@@ -169,14 +259,16 @@ class MemoryPool:
         _check((status,), f"allocating {self._name}", nbytes)
         return int(address)
 
-    def _put_back(self, address: int, nbytes: int) -> None:
+    def _put_back(self, address: int, nbytes: int, lent: list[bool]) -> None:
         with self._lock:
-            self._idle.setdefault(nbytes, []).append(address)
+            (self._lent if lent else self._idle).setdefault(nbytes, []).append(address)
 
 
 def device_pool() -> MemoryPool:
     """A pool of memory on the GPU."""
-    return MemoryPool("GPU memory", cudart.cudaMalloc, cudart.cudaFree)
+    return MemoryPool(
+        "GPU memory", cudart.cudaMalloc, cudart.cudaFree, lambda: _check(cudart.cudaDeviceSynchronize(), "waiting for the GPU")
+    )
 
 
 def pinned_pool() -> MemoryPool:
@@ -187,20 +279,41 @@ def pinned_pool() -> MemoryPool:
 class DeviceArray:
     """An array on the GPU, contiguous, whose memory is freed with it.
 
-    CuPy, torch and others read it in place (`__cuda_array_interface__`); `numpy.asarray` copies it to the host.
+    CuPy, torch and others read it in place (`__cuda_array_interface__`, DLPack), on any of their streams: an array is handed out once
+    its values are there. Its memory is used again only when their work is done. `numpy.asarray` copies it to the host.
     """
 
     def __init__(self, pool: MemoryPool, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-        self.shape, self.dtype = shape, np.dtype(dtype)
-        self.nbytes = math.prod(shape) * self.dtype.itemsize
-        self._block = pool.take(self.nbytes)
+        self._lie(pool.take(math.prod(shape) * np.dtype(dtype).itemsize), 0, shape, np.dtype(dtype))
 
-    @property
-    def address(self) -> int:
-        return self._block.address
+    def _lie(self, block: Block, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.shape, self.dtype = tuple(shape), dtype
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.address = block.address + offset
+        self._block = block
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice) -> DeviceArray:
+        """A row, or neighbouring rows, in the same memory."""
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            if step != 1:
+                raise ValueError("only neighbouring rows are a part of an array")
+            shape = (max(0, stop - start), *self.shape[1:])
+        else:
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"row {rows} of {len(self)}")
+            start, shape = rows % len(self), self.shape[1:]
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        part = DeviceArray.__new__(DeviceArray)
+        part._lie(self._block, self.address - self._block.address + start * row, shape, self.dtype)
+        return part
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
+        self._block.lend()
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -209,6 +322,27 @@ class DeviceArray:
             "stream": None,
             "version": 3,
         }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return dlpack.CUDA, int(_check(cudart.cudaPointerGetAttributes(self.address), "asking where an array is").device)
+
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """A DLPack capsule, as the Python array API asks for it. No `stream` has anything to wait for.
+
+        Raises BufferError where a copy is asked for, or another device.
+        """
+        device = self.__dlpack_device__()
+        if copy or dl_device not in (None, device):
+            raise BufferError("an array on the GPU is lent as it is; numpy.asarray copies it to the host")
+        self._block.lend()
+        return dlpack.make_capsule(self._block, self.address, self.shape, self.dtype, device, max_version)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from smc.exported.engines import Files, Maps
 from smc.exported.engines import cuda_memory as cuda
+from smc.exported.engines.gpus import choose_device
 from smc.exported.engines.tensorrt_library import LIBRARIES, TENSORRT_RTX, Library, is_out_of_memory, make_log
 from smc.exported.errors import BackendFailed, BadInput, BundleMismatch, OutOfMemory, SmcError
 from smc.exported.images import as_plan_input
@@ -99,18 +100,6 @@ def check_driver(driver: tuple[int, int], runtime: tuple[int, int]) -> None:
             f"the plan's libraries need a driver for CUDA {runtime[0]}, and this one is for CUDA {driver[0]}.{driver[1]}",
             fix="install a newer NVIDIA driver",
         )
-
-
-def choose_device(devices: list[cuda.Device], manifest: Manifest) -> cuda.Device:
-    """The first GPU of the plan's compute capability. Raises BundleMismatch if there is none."""
-    for device in devices:
-        if device.sm == manifest.target.sm:
-            return device
-    found = ", ".join(f"{device.name} (sm {device.sm})" for device in devices)
-    raise BundleMismatch(
-        f"the plan is for {manifest.target.gpu} (sm {manifest.target.sm}), and this machine has {found}",
-        fix="build one for this machine: smc build --gpu NAME; smc targets lists the names",
-    )
 
 
 def _check_features(encoder: Stage, decoder: Stage) -> None:

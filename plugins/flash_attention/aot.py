@@ -6,18 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from smc.plugins.flash_attention.kernel import LOG2_E, Tile, flash_attention
+from smc.plugins.compile import build, shared_memory_limit
+from smc.plugins.flash_attention.kernel import LOG2_E, Tile
 from smc.plugins.flash_attention.specification import FlashAttention
+from smc.plugins.launch import TYPES, Constant, Kernel
 
-_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _TABLES = ("cos_q", "sin_q", "cos_k", "sin_k")
-_SIZES = ("n", "m", "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head")
-_SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
-"""KiB that one block may have (CUDA C++ Programming Guide, technical specifications per compute capability); 99 elsewhere."""
+_STRIDES = tuple(f"{operand}_{stride}" for operand in ("q", "k", "v", "out") for stride in ("batch", "row", "head"))
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Compiled:
 
     Attributes:
         name: the entry point in both.
-        cubin, ptx: machine code for the one sm, and portable assembly; the PTX is the oldest version that holds the sm.
+        cubin, ptx: machine code for the one sm, and portable assembly.
         threads: of a block.
         shared_memory: bytes a block, dynamic; above 48 KiB the launch must raise the function's limit first.
         tile: how the kernel was cut.
@@ -52,7 +47,7 @@ def compile_for(
     tables: Literal["float32", "float16"] | None = None,
 ) -> Compiled:
     """Compile the kernel for compute capability `sm` (86 is 8.6); `tables` is the type of cos and sin, None without rotation."""
-    constants: dict[str, Any] = {
+    constants: dict[str, Constant] = {
         "SCALE": operation.scale * LOG2_E,
         "D": operation.head_size,
         "Q_OFFSET": operation.q_offset,
@@ -60,26 +55,26 @@ def compile_for(
         "V_OFFSET": operation.v_offset,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
+        "OVERLAPS": False,
+        "KV_SHIFT": 0,
     }
+    types = dict.fromkeys(("q", "k", "v"), "*" + TYPES[dtype])
     if tables is None:
         constants |= dict.fromkeys(_TABLES)
-    pointers = dict.fromkeys(("q", "k", "v", "out"), "*" + _TYPES[dtype])
-    if tables is not None:
-        pointers |= dict.fromkeys(_TABLES, "*" + _TYPES[tables])
-    types = pointers | dict.fromkeys(_SIZES, "i32")
-    names = flash_attention.arg_names
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name not in ("n", "m")}
-    source = ASTSource(flash_attention, {name: types.get(name, "constexpr") for name in names}, constants, aligned)
-    options = {
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "maxnreg": tile.registers,
-        "ptx_version": 80 if sm <= 90 else 87,
-        "enable_fp_fusion": True,
-    }
-    built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    if built.metadata.global_scratch_size or built.metadata.profile_scratch_size:
-        raise ValueError("the kernel needs scratch memory, which its launch does not provide")
+    else:
+        types |= dict.fromkeys(_TABLES, "*" + TYPES[tables])
+    types |= dict.fromkeys(("n", "m", *_STRIDES), "i32")
+    types["out"] = "*" + TYPES[dtype]
+    kernel = Kernel(
+        "smc.plugins.flash_attention.kernel:flash_attention",
+        tuple(types.items()),
+        tuple(constants.items()),
+        frozenset(_STRIDES),
+        tile.num_warps,
+        tile.num_stages,
+        tile.registers,
+    )
+    built = build(kernel, sm)
     ptx = _without_scratch_arguments(built.asm["ptx"], built.metadata.name)
     return Compiled(built.metadata.name, built.asm["cubin"], ptx, 32 * tile.num_warps, built.metadata.shared, tile)
 
@@ -91,13 +86,14 @@ def grid(operation: FlashAttention, tile: Tile, batch: Any, n: Any) -> tuple[Any
 
 def sizes(operation: FlashAttention, n: Any, m: Any, q_channels: Any, k_channels: Any, v_channels: Any) -> tuple[Any, ...]:
     """The kernel's int32 arguments for contiguous operands (B, n, q_channels), (B, m, k_channels) and (B, m, v_channels)."""
-    strides = ((rows * channels, channels, operation.head_size) for rows, channels in ((n, q_channels), (m, k_channels), (m, v_channels)))
+    operands = ((n, q_channels), (m, k_channels), (m, v_channels), (n, operation.num_heads * operation.head_size))
+    strides = ((rows * channels, channels, operation.head_size) for rows, channels in operands)
     return (n, m, *(stride for operand in strides for stride in operand))
 
 
 def fits(compiled: Compiled, sm: int) -> bool:
     """Whether a block of compute capability `sm` has the shared memory that the kernel needs."""
-    return compiled.shared_memory <= 1024 * _SHARED_MEMORY.get(sm, 99)
+    return compiled.shared_memory <= shared_memory_limit(sm)
 
 
 def _without_scratch_arguments(ptx: str, name: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = 1.4426950408889634
 
@@ -75,8 +76,10 @@ def _load_rotated(base, row_stride, cos, sin, count, ROWS: tl.constexpr, D: tl.c
 @triton.jit
 def _step(acc, total, peak, q, k, k_row, v, v_row, cos_k, sin_k, left, SCALE, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED):
     """One tile of keys and values into the running sums; `left` keys are left with it, `peak` is in units of log2."""
+    # Of float32 operands as well as float32 allows on matrix units: each is three TensorFloat-32 numbers.
+    precision: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "tf32"
     keys = _load_rotated(k, k_row, cos_k, sin_k, left, BLOCK_N, D, MASKED)
-    scores = tl.dot(q, tl.trans(keys))
+    scores = tl.dot(q, tl.trans(keys), input_precision=precision)
     if MASKED:
         scores = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, scores, float("-inf"))
     values = _load(v, v_row, left, BLOCK_N, D, MASKED)
@@ -84,13 +87,13 @@ def _step(acc, total, peak, q, k, k_row, v, v_row, cos_k, sin_k, left, SCALE, D:
     weights = tl.exp2(scores * SCALE - higher[:, None])
     rescale = tl.exp2(peak - higher)
     total = total * rescale + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None])
+    acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision=precision)
     return acc, total, higher
 
 
 @triton.jit
 def flash_attention(
-    q,  # (B, N, H, D) in any strides, the last one 1; float16 or bfloat16
+    q,  # (B, N, H, D) in any strides, the last one 1; float16, bfloat16 or float32
     k,  # (B, M, H, D), likewise
     v,  # (B, M, H, D), likewise
     cos_q,  # (N, D/2) contiguous, float32 or float16; None without rotation, and so the next three
@@ -108,7 +111,10 @@ def flash_attention(
     v_batch,
     v_row,
     v_head,
-    out,  # (B, N, H, D) contiguous, q's type
+    out_batch,
+    out_row,
+    out_head,
+    out,  # (B, N, H, D), strided likewise, q's type
     SCALE: tl.constexpr,  # log2(e) times the scores' scale
     D: tl.constexpr,
     Q_OFFSET: tl.constexpr,  # elements from the pointer to head 0's first, and so the next two
@@ -116,19 +122,24 @@ def flash_attention(
     V_OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,  # programmatic dependent launch, sm 9.0 and newer
+    KV_SHIFT: tl.constexpr = 0,  # image b reads the keys and values of image (b + KV_SHIFT) % B
 ):
     """Grid: (ceil(N / BLOCK_M), H, B). The inputs come first and the output last because TensorRT passes them so."""
     first_row = tl.program_id(0) * BLOCK_M
-    head, heads = tl.program_id(1), tl.num_programs(1)
+    head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     q += Q_OFFSET + batch * q_batch + head * q_head + first_row * q_row
-    k += K_OFFSET + batch * k_batch + head * k_head
-    v += V_OFFSET + batch * v_batch + head * v_head
-    out += ((batch * n + first_row) * heads + head) * D
+    other = (batch + KV_SHIFT) % tl.num_programs(2)
+    k += K_OFFSET + other * k_batch + head * k_head
+    v += V_OFFSET + other * v_batch + head * v_head
+    out += batch * out_batch + head * out_head + first_row * out_row
     if cos_q is not None:
         cos_q += first_row * (D // 2)
         sin_q += first_row * (D // 2)
 
+    if OVERLAPS:
+        gdc_wait()
     queries = _load_rotated(q, q_row, cos_q, sin_q, n - first_row, BLOCK_M, D, True)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -144,9 +155,11 @@ def flash_attention(
     if left > 0:
         acc, total, peak = _step(acc, total, peak, queries, k, k_row, v, v_row, cos_k, sin_k, left, SCALE, D, BLOCK_N, True)
 
+    if OVERLAPS:
+        gdc_launch_dependents()
     normalizer = 1.0 / total  # one division a row, not one an element
     rows = tl.arange(0, BLOCK_M)[:, None]
-    pointers = out + (rows * (heads * D) + tl.arange(0, D)[None, :])
+    pointers = out + (rows * out_row + tl.arange(0, D)[None, :])
     tl.store(pointers, (acc * normalizer[:, None]).to(queries.dtype), mask=rows < n - first_row)
 
 
@@ -154,7 +167,7 @@ def attend(q: Any, k: Any, v: Any, out: Any, scale: float, tile: Tile, tables: t
     """Launch the kernel on torch tensors of one GPU, or under Triton's interpreter on the CPU.
 
     Args:
-        q: (B, N, H, D), k, v: (B, M, H, D), in any strides but a last one of 1; float16 or bfloat16.
+        q: (B, N, H, D), k, v: (B, M, H, D), in any strides but a last one of 1; float16, bfloat16 or float32.
         out: (B, N, H * D) contiguous, q's type; written whole.
         scale: of the scores, positive.
         tables: cos_q, sin_q (N, D/2), cos_k, sin_k (M, D/2), contiguous float32 or float16; or all None.
@@ -170,6 +183,9 @@ def attend(q: Any, k: Any, v: Any, out: Any, scale: float, tile: Tile, tables: t
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
+        out.stride(0),
+        out.stride(1),
+        head_size,
         out,
         SCALE=scale * LOG2_E,
         D=head_size,

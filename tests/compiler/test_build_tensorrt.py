@@ -52,7 +52,8 @@ def test_hopper_is_refused_with_what_can_be_done() -> None:
         choose_backend(find_target("h200"), "tensorrt-rtx")
     assert caught.value.exit_status == 69
     with pytest.raises(smc.NoTarget, match=r"tensorrt: builds only on a machine with a GPU of sm 9\.0, such as NVIDIA H200"):
-        choose_backend(find_target("h200"))
+        choose_backend(find_target("h200"), "tensorrt")
+    assert choose_backend(find_target("h200")).NAME == "cuda"
 
 
 def test_the_bundle_is_whole(built: BuildResult) -> None:
@@ -152,7 +153,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_closest_names(graphs
     [
         ({"precision": "fp32", "exclude": ["*"]}, "patterns of nodes mean nothing"),
         ({"gpu": "cpu", "precision": "hybrid"}, "onnxruntime plans are fp32"),
-        ({"backend": "tensorflow"}, "unknown backend 'tensorflow', known: tensorrt, tensorrt-rtx, onnxruntime"),
+        ({"backend": "tensorflow"}, "unknown backend 'tensorflow', known: tensorrt, tensorrt-rtx, cuda, onnxruntime"),
         ({"max_batch": 0}, "1 to 64"),
     ],
 )

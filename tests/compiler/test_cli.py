@@ -311,6 +311,8 @@ def test_targets(run: Run) -> None:
     assert as_json["v100"]["backends"] == []
     assert "sm 7.0" in as_json["v100"]["refusal"]
     assert as_json["h200"]["memory_gib"] == 141
+    assert all("cuda" in target["refusals"] for target in as_json.values())
+    assert "sm 7.5 is older than 8.0" in as_json["t4"]["refusals"]["cuda"]
 
 
 def test_doctor(run: Run) -> None:
@@ -393,6 +395,25 @@ FAULTS = [
     Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --model {tmp}/none.json", 65, "BAD_INPUT", "none.json"),
     Fault(BUILD_WITH + "--gpu cpu --checkpoint {tmp}/none.pth", 66, "INPUT_MISSING", "none.pth"),
     Fault(BUILD_WITH + "--gpu cpu --checkpoint {tmp}/empty.png", 65, "BAD_CHECKPOINT", "0 bytes"),
+    Fault(BUILD_WITH + "--gpu t4 --random-weights 0 --backend cuda", 69, "NO_TARGET", "cuda: sm 7.5 is older than 8.0", "smc targets"),
+    Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --backend cuda", 69, "NO_TARGET", "cuda: runs on NVIDIA GPUs only"),
+    Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --tuning {a}", 2, "USAGE", "take no tuning file", "--backend cuda"),
+    Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --kernels {tmp}", 2, "USAGE", "no kernels", "--backend cuda"),
+    *[
+        Fault(f"tune {arguments}", 2, "USAGE", "in one go, or in two steps", "smc tune BUNDLE --out FILE")
+        for arguments in (
+            "",
+            "{bundle}",
+            "--out {tmp}/x.json",
+            "{bundle} --prepare {tmp}/x --out {tmp}/x.json",
+            "{bundle} --candidates {tmp}/x --out {tmp}/x.json",
+            "--candidates {tmp}/x",
+            "--candidates {tmp}/x --prepare {tmp}/y",
+        )
+    ],
+    Fault("tune {bundle} --out {tmp}/x.json", 2, "USAGE", "is a onnxruntime plan, which has nothing to tune", "--backend cuda"),
+    Fault("tune {tmp}/none --prepare {tmp}/x", 66, "INPUT_MISSING", "No such file"),
+    Fault("tune --candidates {tmp} --out {tmp}/x.json", 65, "BAD_INPUT", "no candidates that can be timed", "--prepare"),
     Fault("build --gpu cpu --random-weights 0 --out {tmp}", 73, "CANNOT_WRITE", "holds files and is no bundle"),
     Fault("build --gpu cpu --random-weights 0 --out {a}", 73, "CANNOT_WRITE", "is not a directory"),
 ]

@@ -188,6 +188,11 @@ def test_what_is_no_call_of_the_model_is_refused(text: str, complaint: str, empt
         ("dpt_level_dims=(96, 192, 384)", "dpt_level_dims is (96, 192, 384)"),
         ("dpt_level_dims='abcd'", "dpt_level_dims is 'abcd'"),
         ("dpt_dim=255", "dpt_dim 255 is odd"),
+        ("desc_mlp_ratio=0", "desc_mlp_ratio 0.0, above 0"),
+        ("desc_mlp_ratio=-0.5", "desc_mlp_ratio -0.5, above 0"),
+        ("desc_mlp_ratio=inf", "desc_mlp_ratio inf, above 0"),
+        ("desc_mlp_ratio=1e-9", "no hidden channel"),
+        ("desc_mlp_ratio='4'", "desc_mlp_ratio is '4'"),
         ("conf_mode='exp'", "conf_mode is 'exp'"),
         ("conf_mode=('exp', 1)", "conf_mode is ('exp', 1)"),
         ("conf_mode=('exp', '1', inf)", "conf_mode is '1'"),
@@ -325,7 +330,7 @@ def test_unreadable_config_json_is_missing(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "huge", "Large", "nowhere/config.json", "a" * 5_000, "a\0b"], ids=short)
 def test_neither_preset_nor_file_is_bad_input(name: str) -> None:
-    with pytest.raises(BadInput, match=r"neither one of large, small nor a config\.json") as caught:
+    with pytest.raises(BadInput, match=r"neither one of large, small, pocket nor a config\.json") as caught:
         resolve_config(name)
     assert len(str(caught.value)) < 500
 

@@ -51,7 +51,8 @@ def test_every_requirement_of_the_distribution_is_looked_at() -> None:
         ("onnxruntime", "run bundles [plain install]", "missing", "pip install speedy-mast3r"),
         ("torch", "build bundles [compile]", "missing", "pip install 'speedy-mast3r[compile]'"),
         ("tensorrt", "TensorRT plans [tensorrt]", "absent", "pip install 'speedy-mast3r[tensorrt]'"),
-        ("cuda-bindings", "CUDA plans, none in this version [cuda]", "absent", "pip install 'speedy-mast3r[cuda]'"),
+        ("cuda-bindings", "CUDA plans [cuda]", "absent", "pip install 'speedy-mast3r[cuda]'"),
+        ("triton", "building CUDA plans", "absent", "pip install triton"),
     ],
 )
 def test_what_is_not_installed_is_named(absent: str, subject: str, state: str, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:

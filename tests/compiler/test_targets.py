@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import pytest
 
-from smc.compiler.backends import BACKENDS, choose_backend
+from smc.compiler.backends import BACKENDS, choose_backend, cuda
 from smc.compiler.targets import TARGETS, Target, find_target
 from smc.exported.errors import NoTarget, UsageError
 
@@ -85,6 +86,21 @@ def test_v100_is_refused_with_the_reason(name: str) -> None:
 
 def test_the_cpu_has_a_backend() -> None:
     assert choose_backend(find_target("cpu")).NAME == "onnxruntime"
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_our_own_kernels_are_for_gpus_from_compute_capability_8(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anywhere, with or without that GPU: what counts is whether Triton is installed."""
+    if target.sm is None:
+        assert "NVIDIA GPUs only" in cuda.refusal(target)
+    elif target.sm.startswith("7."):
+        assert cuda.refusal(target) == f"sm {target.sm} is older than 8.0, the oldest that its kernels are for"
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "Triton" in cuda.refusal(target)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        assert cuda.refusal(target) == ""
+        assert choose_backend(target, "cuda") is cuda
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS.values() if not t.refusal], ids=lambda target: target.name)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from smc.exported.errors import BackendFailed, NoTarget, OutOfMemory
 
+driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 cudart = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 
 from smc.exported.engines import cuda_memory as cuda  # noqa: E402  # it needs cuda-bindings
@@ -35,8 +38,8 @@ class HostMemory:
     def free(self, address: int) -> None:
         del self.blocks[address]
 
-    def pool(self) -> cuda.MemoryPool:
-        return cuda.MemoryPool("host memory", self.allocate, self.free)
+    def pool(self, settle: Callable[[], object] = lambda: None) -> cuda.MemoryPool:
+        return cuda.MemoryPool("host memory", self.allocate, self.free, settle)
 
 
 def test_a_block_returns_to_its_pool() -> None:
@@ -82,6 +85,38 @@ def test_idle_blocks_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held.nbytes == 80
 
 
+def test_lent_memory_is_used_again_only_when_others_are_done_with_it() -> None:
+    memory = HostMemory()
+    waited = []
+    pool = memory.pool(lambda: waited.append(len(memory.blocks)))
+    for lend in (lambda array: array.__cuda_array_interface__, lambda array: array._block.lend()):
+        array = cuda.DeviceArray(pool, (16,), np.float32)
+        lend(array)
+        address = array.address
+        del array
+        other = cuda.DeviceArray(pool, (8,), np.float32)  # another size: nobody waits
+        assert not waited
+        assert cuda.DeviceArray(pool, (16,), np.float32).address == address
+        assert len(waited) == 1
+        assert cuda.DeviceArray(pool, (16,), np.float32).address == address  # it was not lent since
+        assert len(waited) == 1
+        waited.clear()
+        del other
+    assert len(memory.blocks) == 2
+
+
+def test_lent_memory_is_freed_with_its_pool_and_to_make_room() -> None:
+    memory = HostMemory(limit=100)
+    pool = memory.pool()
+    cuda.DeviceArray(pool, (64,), np.uint8)._block.lend()
+    held = pool.take(80)
+    assert list(memory.blocks) == [held.address]
+    held.lend()
+    del held, pool
+    gc.collect()
+    assert not memory.blocks
+
+
 def test_pools_serve_threads() -> None:
     pool = HostMemory().pool()
     clashes = []
@@ -123,6 +158,58 @@ def test_a_device_array_describes_itself() -> None:
     assert array.nbytes == 48
     with pytest.raises(ValueError, match="without a copy"):
         np.asarray(array, copy=False)
+
+
+def test_rows_of_a_device_array_are_in_its_memory() -> None:
+    memory = HostMemory()
+    array = cuda.DeviceArray(memory.pool(), (3, 2, 4), np.float16)
+    assert len(array) == 3
+    assert [(part.address - array.address, part.shape) for part in (array[1:], array[1:][1], array[-1], array[:0], array[3:])] == [
+        (16, (2, 2, 4)),
+        (32, (2, 4)),
+        (32, (2, 4)),
+        (0, (0, 2, 4)),
+        (48, (0, 2, 4)),
+    ]
+    assert array[1].nbytes == 16
+    assert array[:0].nbytes == 0
+    with pytest.raises(IndexError, match="row 3 of 3"):
+        array[3]
+    with pytest.raises(ValueError, match="neighbouring"):
+        array[::2]
+    part = array[2]
+    del array
+    gc.collect()
+    assert memory.blocks  # as long as any part
+    del part
+    gc.collect()
+    assert not memory.blocks
+
+
+class Gpus:
+    """The thread's GPU, and those that have a context, as CUDA keeps them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, current: int, used: set[int]) -> None:
+        self.current, self.used = current, used
+        monkeypatch.setattr(cudart, "cudaGetDevice", lambda: (SUCCESS, self.current))
+        monkeypatch.setattr(cudart, "cudaSetDevice", self.choose)
+        monkeypatch.setattr(driver, "cuDevicePrimaryCtxGetState", lambda index: (driver.CUresult.CUDA_SUCCESS, 0, int(index in self.used)))
+
+    def choose(self, index: int) -> tuple[object]:
+        self.current = index
+        self.used.add(index)
+        return (SUCCESS,)
+
+
+@pytest.mark.parametrize(("used", "afterwards"), [({0}, 0), (set(), 1)])
+def test_the_threads_gpu_is_its_own_again(monkeypatch: pytest.MonkeyPatch, used: set[int], afterwards: int) -> None:
+    """Unless nothing of this process uses that one: going back would take memory there."""
+    gpus = Gpus(monkeypatch, 0, set(used))
+    with suppress(KeyError), cuda.on_device(1):
+        assert gpus.current == 1
+        raise KeyError
+    assert gpus.current == afterwards
+    assert gpus.used == used | {1}
 
 
 def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,13 @@ def test_other_views_are_refused(tiny_matcher: smc.Matcher, view: NDArray[Any], 
     assert fix in caught.value.fix
 
 
+def test_maps_stay_on_the_device_only_where_there_is_one(tiny_matcher: smc.Matcher) -> None:
+    view = np.zeros((1, 3, 96, 128), np.float32)
+    with pytest.raises(smc.UsageError, match="maps of onnxruntime plans come to the host") as caught:
+        tiny_matcher.infer(view, view, on_device=True)
+    assert "--backend cuda" in caught.value.fix
+
+
 # --- matches -----------------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +303,14 @@ def test_it_warns_where_little_of_an_image_is_kept(tiny_matcher: smc.Matcher, si
     else:
         with pytest.warns(UserWarning, match=f"{kept} of a {size[0]}x{size[1]} image; build it with a --shape"):
             tiny_matcher.encode(image)
+
+
+def test_a_warning_is_about_the_callers_line(tiny_matcher: smc.Matcher) -> None:
+    image = Image.new("L", (1600, 400))
+    for call in (lambda: tiny_matcher.encode(image), lambda: tiny_matcher.match(image, image)):
+        with pytest.warns(UserWarning, match="of a 1600x400 image") as caught:
+            call()
+        assert {warning.filename for warning in caught} == {__file__}
 
 
 # --- results -----------------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_every_match_is_mutual(maps: Maps, step: int) -> None:
 
 @FUZZ
 @given(maps=map_pairs(), step=st.integers(1, 9), tolerance=st.floats(0.1, 30))
-def test_with_a_tolerance_starting_points_stay_in_place(maps: Maps, step: int, tolerance: float) -> None:
+def test_with_a_tolerancestarting_points_stay_in_place(maps: Maps, step: int, tolerance: float) -> None:
     desc1, desc2 = maps
     xy1, xy2 = fast_reciprocal_nn(desc1, desc2, step, pixel_tol=tolerance)
     check_pairs(xy1, xy2, desc1, desc2)
@@ -194,7 +194,7 @@ def test_constant_descriptors_match_at_the_first_pixel_only() -> None:
     assert xy1.tolist() == xy2.tolist() == [[0, 0]]
 
 
-def test_given_starting_points_make_one_round_trip() -> None:
+def test_givenstarting_points_make_one_round_trip() -> None:
     desc = random_map(0, 6, 8)
     start = np.array([[7, 5], [0, 0], [3, 2], [3, 2]])
     xy1, xy2 = fast_reciprocal_nn(desc, desc, start_xy=start)

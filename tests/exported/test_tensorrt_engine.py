@@ -21,7 +21,8 @@ from tests.bundles import sample_manifest
 cudart = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 
 from smc.exported.engines import cuda_memory as cuda  # noqa: E402  # it needs cuda-bindings
-from smc.exported.engines.tensorrt import MAX_CONTEXTS, TensorRtEngine, check_driver, check_version, choose_device, engine_layers  # noqa: E402
+from smc.exported.engines.gpus import choose_device  # noqa: E402
+from smc.exported.engines.tensorrt import MAX_CONTEXTS, TensorRtEngine, check_driver, check_version, engine_layers  # noqa: E402
 
 VERSION = "11.2.0.33"
 H200 = cuda.Device(0, "NVIDIA H200", "9.0", 141 << 30)

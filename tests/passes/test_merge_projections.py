@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
 import pytest
 
@@ -37,6 +38,29 @@ def test_layers_of_one_input_become_one(widths: tuple[int, ...], bias_first: boo
     assert product.inputs[1].shape == (SIZE, sum(widths))
     assert list(product.outputs[0].shape) == ["batch", "n", sum(widths)]
     assert_same(model, graph, {"x": normal(2, 5, SIZE)}, {"x": normal(1, 3, SIZE)})
+
+
+def test_layers_that_are_rotated_come_first() -> None:
+    """v (8 channels, as they are), qk (16, half of them rotated) and k (8, all rotated) are merged as k, qk, v."""
+    b = Builder()
+    x = b.input("x", [2, 5, SIZE])
+    tables = [np.cos(normal(2, 5, 4)), np.sin(normal(2, 5, 4))]
+
+    def rotated(part: str) -> str:
+        heads = b.op("Transpose", b.op("Reshape", part, np.array([2, 5, 1, 8])), perm=[0, 2, 1, 3])
+        return b.op("RotaryEmbedding", heads, *tables)
+
+    v, qk, k = linear(b, x, 8, "v"), linear(b, x, 16, "qk_"), linear(b, x, 8, "k")
+    half = b.op("Slice", qk, np.array([0]), np.array([8]), np.array([2]))
+    for part in (b.op("Relu", v), b.op("Relu", qk), rotated(half), rotated(k)):
+        b.output(part)
+    model = b.model()
+    graph, report = apply(model, MergeProjections())
+    assert report.rewrites == 3
+    (split,) = (node for node in graph.nodes if node.op == "Split")
+    assert [tensor.outputs[0].op for tensor in split.outputs] == ["Reshape", split.outputs[1].outputs[0].op, "Relu"]
+    assert split.inputs[1].values.tolist() == [8, 16, 8]
+    assert_same(model, graph, {"x": normal(2, 5, SIZE)})
 
 
 def test_outputs_of_the_graph_keep_their_names() -> None:

@@ -154,8 +154,8 @@ def test_compiles_for_any_gpu(sm: int) -> None:
 def test_the_ptx_takes_the_documented_arguments(tmp_path: Path, tables: Any, pointers: int) -> None:
     built = aot.compile_for(86, OPERATION, TILES[2], "bfloat16", tables)
     parameters = re.findall(r"^\s*\.param \.(u64|u32)", built.ptx, re.MULTILINE)
-    assert parameters == ["u64"] * (pointers - 1) + ["u32"] * 11 + ["u64"]
-    assert len(aot.sizes(OPERATION, 5, 7, 128, 128, 128)) == 11
+    assert parameters == ["u64"] * (pointers - 1) + ["u32"] * 14 + ["u64"]
+    assert len(aot.sizes(OPERATION, 5, 7, 128, 128, 128)) == 14
     (tmp_path / "kernel.ptx").write_text(built.ptx)
     subprocess.run([PTXAS, "-arch=sm_86", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"], check=True)
 
@@ -174,7 +174,7 @@ def test_the_smallest_tile_fits_every_gpu(head_size: int) -> None:
 def test_launch_numbers() -> None:
     operation = FlashAttention(12, 64, 0.125)
     assert aot.grid(operation, TILES[0], 2, 769) == (13, 12, 2)
-    assert aot.sizes(operation, 5, 7, 768, 1536, 2304) == (5, 7, 3840, 768, 64, 10752, 1536, 64, 16128, 2304, 64)
+    assert aot.sizes(operation, 5, 7, 768, 1536, 2304) == (5, 7, 3840, 768, 64, 10752, 1536, 64, 16128, 2304, 64, 3840, 768, 64)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")

@@ -65,6 +65,7 @@ def test_the_wheel_holds_the_sources_and_the_sample_images(wheel: set[str]) -> N
             relative = path.relative_to(ROOT / folder).as_posix()
             wanted.add(f"smc/{relative}" if folder == "smc" else f"smc/{folder}/{relative}")
     wanted |= {f"smc/examples/{name}" for name in ("graf1.png", "graf3.png", "H1to3p.xml", "README.md")}
+    wanted |= {f"smc/compiler/tuned/{path.name}" for path in (ROOT / "compiler/tuned").glob("*.json")}
     assert wheel == wanted
 
 

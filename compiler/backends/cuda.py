@@ -1,0 +1,174 @@
+"""Plans for the project's own engine: cubins, weights and launch programs, for any NVIDIA GPU from compute capability 8.0.
+
+Nothing here needs a GPU. There is a program for each stage, input shape and batch, and for the decoder for each pair of shapes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smc.compiler.backends.plan_job import PlanJob, Precision
+from smc.compiler.targets import Target
+from smc.exported.engines.cuda_program import KERNELS, PLAN, WEIGHTS, Plan, Program, encode_plan
+from smc.exported.errors import BackendFailed, BadInput, NoTarget
+from smc.exported.images import PATCH
+
+if TYPE_CHECKING:  # a plain installation, which only lists backends, has none of what is imported where it is used
+    import onnx_graphsurgeon as gs
+
+    from smc.compiler.tuning import Tuning
+    from smc.passes.base import Pass
+    from smc.passes.tensors import Dim
+
+NAME = "cuda"
+
+_OLDEST = 8.0
+Shape = tuple[int, int]
+
+
+def caveat(target: Target) -> str:
+    return "" if target.sm == "9.0" else "not run on hardware yet"
+
+
+def refusal(target: Target) -> str:
+    if target.sm is None:
+        return "runs on NVIDIA GPUs only"
+    if float(target.sm) < _OLDEST:
+        return f"sm {target.sm} is older than {_OLDEST}, the oldest that its kernels are for"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which compiles its kernels, is not installed"
+    return ""
+
+
+def precisions(target: Target) -> Sequence[Precision]:
+    return ("hybrid", "fp16", "fp32")
+
+
+def version() -> str:
+    """Of the compiler of the kernels: plans carry their machine code and need nothing of it to run."""
+    return metadata.version("triton")
+
+
+def ingredients(target: Target, tuning: Path | None) -> Sequence[str]:
+    from smc.plugins.compile import kernel_sources
+
+    return kernel_sources(), _tuning(target, tuning).digest
+
+
+def runs_here(target: Target) -> bool:
+    try:
+        from smc.exported.engines import cuda_memory
+
+        return any(device.sm == target.sm for device in cuda_memory.devices())
+    except NoTarget:
+        return False
+
+
+def write_plan(job: PlanJob) -> dict[str, str]:
+    """Write `plan.json`, `kernels.bin` and `weights.bin`.
+
+    Raises:
+        BadInput: a graph holds what no kernel does.
+        BackendFailed: a kernel does not compile.
+        OSError: a file cannot be written.
+    """
+    from smc.compiler.kernel_cache import KernelCache
+    from smc.compiler.launch_program import KernelTable
+    from smc.compiler.lowering.context import CannotLower
+    from smc.compiler.lowering.lower import lower
+    from smc.compiler.lowering.program import ProgramWriter
+    from smc.compiler.lowering.weight_file import WeightFile
+
+    tuning = _tuning(job.target, job.tuning)
+    table = KernelTable(tuning.sm, KernelCache(job.cache / "kernels", job.kernels))
+    programs: list[Program] = []
+    kinds = list(program_kinds(job))
+    with WeightFile(job.output / WEIGHTS) as weights:
+        writer = ProgramWriter(table, weights, tuning)
+        for done, (stage, shapes, batch) in enumerate(kinds):
+            title = " and ".join(dict.fromkeys(f"{width}x{height}" for height, width in shapes))
+            job.report(f"lowering the {stage} for {title}, batch {batch}", done / len(kinds))
+            try:
+                programs.append(writer.write(stage, lower(fixed_graph(job, stage, shapes, batch))))
+                if stage == "decoder" and batch == 1:
+                    programs.append(writer.write_matcher(programs[-1]))
+            except CannotLower as error:
+                raise BadInput(f"{stage}: {error}", fix="--backend tensorrt or tensorrt-rtx may take this graph") from error
+            except ValueError as error:
+                raise BackendFailed(f"{stage}: {error}") from error
+    (job.output / KERNELS).write_bytes(table.code)
+    (job.output / PLAN).write_bytes(encode_plan(Plan(tuple(table.codes), tuple(programs), weights.size)))
+    return dict.fromkeys(job.graphs, PLAN)
+
+
+def _tuning(target: Target, file: Path | None) -> Tuning:
+    """A tuning file's, or what the project knows of the GPU. Raises BadInput: the file cannot be read, or is for another GPU."""
+    from smc.compiler.tuning import Tuning, read_tuning, shipped_tuning
+
+    assert target.sm is not None
+    sm = int(target.sm.replace(".", ""))
+    if file is None:
+        return shipped_tuning(target.name, sm)
+    found = read_tuning(file)
+    if found.sm != sm:
+        raise BadInput(f"{file}: tuned for sm {found.sm / 10}, and {target.title} has sm {target.sm}", fix="smc tune makes one for it")
+    return Tuning(sm, found)
+
+
+def program_kinds(job: PlanJob) -> Iterator[tuple[str, tuple[Shape, ...], int]]:
+    """The programs of a plan: stage, the shape of each input, and batch. Equal shapes first: they stack weights that others share."""
+    batches = sorted({1 << i for i in range(job.max_batch.bit_length())} | {job.max_batch})
+    for shape in job.shapes:
+        for batch in sorted({1, *(2 * batch for batch in batches)}):
+            yield "encoder", (shape,), batch
+    pairs = sorted(itertools.product(job.shapes, repeat=2), key=lambda pair: pair[0] != pair[1])
+    for pair in pairs:
+        for batch in batches:
+            yield "decoder", pair, batch
+
+
+def fixed_graph(job: PlanJob, stage: str, shapes: Sequence[Shape], batch: int) -> gs.Graph:
+    """A stage's typed graph with every dimension static and, for two views of one shape, both as one stream."""
+    from smc.compiler.graph_files import import_graph, read_onnx
+    from smc.passes.batch_twins import BatchTwins
+    from smc.passes.cancel_layout import CancelLayout
+    from smc.passes.common_subexpressions import CommonSubexpressions
+    from smc.passes.fix_shapes import FixShapes
+    from smc.passes.fold_constants import FoldConstants
+
+    graph = import_graph(read_onnx(job.graphs[stage]), stage)
+    passes: list[Pass] = [FixShapes(_sizes(graph, stage, shapes, batch)), FoldConstants(), CancelLayout(), CommonSubexpressions()]
+    if stage == "decoder" and shapes[0] == shapes[1]:
+        passes.append(BatchTwins())
+    for step in passes:
+        step(graph)
+    return graph
+
+
+def _sizes(graph: gs.Graph, stage: str, shapes: Sequence[Shape], batch: int) -> dict[str, int]:
+    """The values of the dynamic dimensions of a graph's inputs. Raises BadInput: one name is to be two sizes."""
+    found: dict[str, int] = {}
+    for tensor, (height, width) in zip(graph.inputs, shapes, strict=True):
+        sizes = (height, width) if stage == "encoder" else (height // PATCH, width // PATCH)
+        for size, value in zip(tensor.shape, _input_shape(tensor, sizes, batch), strict=True):
+            if isinstance(size, str) and isinstance(value, int) and (match := re.fullmatch(r"(?:(\d+)\*)?(\w+)", size)):
+                count = value // int(match[1] or 1)
+                if found.setdefault(match[2], count) != count:
+                    raise BadInput(
+                        f"{tensor.name}: {match[2]} is {found[match[2]]} and {count}, since the inputs share it", fix="give one --shape"
+                    )
+    return found
+
+
+def _input_shape(tensor: gs.Tensor, sizes: Shape, batch: int) -> Sequence[Dim]:
+    rank = len(tensor.shape)
+    if rank == 3:  # tokens in a row, as some exporters leave them
+        return batch, sizes[0] * sizes[1], tensor.shape[2]
+    channels_first = tensor.shape[1] == 3
+    return (batch, 3, *sizes) if channels_first else (batch, *sizes, tensor.shape[3])

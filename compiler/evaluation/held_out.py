@@ -1,0 +1,57 @@
+"""The project's own held-out scenes, rendered as they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from smc.compiler.evaluation.pairs import PairSet, PosePair
+from smc.compiler.packages import require_packages
+from smc.exported.errors import UsageError
+
+SEED, SHAPE = 0, (384, 512)
+"""Of the set that figures are reported on."""
+
+
+def held_out_scenes(path: Path, images: Path | None) -> PairSet:
+    """Scenes of `smc.compiler.scenes`.
+
+    Args:
+        path: how many, as text; a set's first pairs are those of a smaller set.
+        images: the folder of held-out photographs to texture them with; None for textures of noise alone.
+
+    Raises:
+        UsageError: `path` is no number.
+        NoTarget: torch is not installed.
+        InputMissing: there are no photographs.
+    """
+    if not str(path).isdecimal() or int(str(path)) == 0:
+        raise UsageError(f"--data scenes:{path}: a number of pairs was expected, such as scenes:500")
+    require_packages("rendering scenes", ("torch",))
+    from smc.compiler.scenes.pairs import HeldOutPairs
+
+    count = int(str(path))
+    state = hashlib.sha256(f"scenes {SEED} {SHAPE}".encode())
+    for file in sorted(images.iterdir()) if images is not None and images.is_dir() else []:
+        state.update(file.name.encode() + b"\0" + file.read_bytes())
+    names = [f"scene{SEED}-{index:05d}" for index in range(count)]
+    return PairSet("scenes", "pose", names, InOrder(HeldOutPairs(count, SEED, SHAPE, images)).load, [], state.hexdigest())
+
+
+class InOrder:
+    """Gives pairs by index of what can only be iterated over; in order, each is rendered once."""
+
+    def __init__(self, pairs: Iterable[PosePair]) -> None:
+        self._pairs = pairs
+        self._iterator = iter(pairs)
+        self._next = 0
+
+    def load(self, index: int) -> PosePair:
+        if index < self._next:
+            self._iterator, self._next = iter(self._pairs), 0
+        while True:
+            pair = next(self._iterator)
+            self._next += 1
+            if self._next > index:
+                return pair

@@ -1,0 +1,130 @@
+"""Pairs with exact correspondence, kept in files: held-out scenes that are to be evaluated on more than once.
+
+    python -m smc.compiler.evaluation.rendered --pairs 500 --photographs DIR --out FOLDER
+
+renders them, and continues where it was interrupted; `--data rendered:FOLDER` evaluates on them. A file is a .npz of `image0`,
+`image1` uint8 (H, W, 3), `K0`, `K1` (3, 3), `T_0to1` (4, 4), and for the pixels of the first image `to1` float32 (H, W, 2), where
+each is in the second, and `seen` bool (H, W), whether it is seen there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from smc.compiler.evaluation.arrays import read_arrays
+from smc.compiler.evaluation.pairs import Floats, ListedPair, PairSet, PosePair
+from smc.exported.errors import BadInput, CannotWrite, InputMissing, SmcError
+
+JUMP = 4.0
+"""Pixels by which the places of neighbours may differ for the surface between them to be whole."""
+
+SHAPES = {"K0": (3, 3), "K1": (3, 3), "T_0to1": (4, 4)}
+
+
+def rendered(path: Path, images: Path | None) -> PairSet:
+    """A folder of such files. Raises InputMissing where there are none."""
+    if images is not None:
+        raise BadInput(f"{images}: rendered pairs hold their images", fix="give the folder alone")
+    files = sorted(path.glob("*.npz"))
+    if not files:
+        raise InputMissing(f"{path}: no rendered pairs in it", fix="python -m smc.compiler.evaluation.rendered --pairs 500 --out FOLDER")
+    state = hashlib.sha256()
+    for file in files:
+        state.update(file.name.encode() + b"\0" + file.read_bytes())
+    return PairSet("rendered", "pose", [file.stem for file in files], lambda index: read_pair(files[index]), files, state.hexdigest())
+
+
+def read_pair(path: Path) -> ListedPair:
+    """A pair from its file. Raises InputMissing, BadInput."""
+    arrays = read_arrays(path)
+    try:
+        height, width = arrays["image0"].shape[:2]
+        expected = SHAPES | {"to1": (height, width, 2), "seen": (height, width)}
+        for name, shape in expected.items():
+            if arrays[name].shape != shape:
+                raise ValueError(f"{name} is {arrays[name].shape}, {shape} was expected")
+        intrinsics0, intrinsics1, pose = (arrays[name].astype(np.float64) for name in SHAPES)
+        warp = between_pixels(arrays["to1"].astype(np.float64), arrays["seen"].astype(bool))
+        return ListedPair(path.stem, arrays["image0"], arrays["image1"], intrinsics0, intrinsics1, pose, warp)
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"{path}: not a rendered pair ({error})") from error
+
+
+def write_pair(path: Path, pair: PosePair) -> None:
+    """Keep a pair whose images are arrays and whose correspondence is known. The file is whole or not there."""
+    assert isinstance(pair.image0, np.ndarray)
+    assert pair.warp is not None
+    height, width = pair.image0.shape[:2]
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    to1, seen = pair.warp(np.column_stack([x.ravel(), y.ravel()]).astype(np.float64))
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as file:
+        np.savez_compressed(
+            file,
+            image0=pair.image0,
+            image1=np.asarray(pair.image1),
+            K0=pair.K0,
+            K1=pair.K1,
+            T_0to1=pair.T_0to1,
+            to1=to1.reshape(height, width, 2).astype(np.float32),
+            seen=seen.reshape(height, width),
+        )
+    os.replace(temporary, path)
+
+
+def between_pixels(to1: Floats, seen: NDArray[np.bool_]) -> Callable[[Floats], tuple[Floats, NDArray[np.bool_]]]:
+    """A correspondence from its values at pixels.
+
+    Linear between four pixels of one surface; elsewhere, at edges, that of the nearest pixel moved along with the point. Exact
+    at pixels, which is where a network's matches are.
+    """
+    height, width = seen.shape
+
+    def warp(xy: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+        inside = ((xy >= -0.5) & (xy <= np.array([width, height]) - 0.5)).all(1)
+        low = np.clip(np.floor(xy).astype(np.int64), 0, np.array([width, height]) - 2)
+        corners = [(low[:, 1] + down, low[:, 0] + right) for down in (0, 1) for right in (0, 1)]
+        places = np.stack([to1[corner] for corner in corners])
+        whole = np.stack([seen[corner] for corner in corners]).all(0) & (np.ptp(places, axis=0) < JUMP).all(1)
+        right, down = (xy - low).T
+        weights = np.stack([(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right])
+        linear = (weights[:, :, None] * places).sum(0)
+        nearest = np.clip(np.rint(xy).astype(np.int64), 0, np.array([width, height]) - 1)
+        pixel = nearest[:, 1], nearest[:, 0]
+        return np.where(whole[:, None], linear, to1[pixel] + (xy - nearest)), (whole | seen[pixel]) & inside
+
+    return warp
+
+
+@click.command()
+@click.option("--pairs", default=500, show_default=True, type=click.IntRange(1))
+@click.option("--photographs", type=click.Path(path_type=Path), metavar="DIR", help="Held-out photographs for textures.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER")
+def main(pairs: int, photographs: Path | None, out: Path) -> None:
+    """Render held-out scenes into files."""
+    from smc.compiler.evaluation.held_out import held_out_scenes
+
+    try:
+        scenes = held_out_scenes(Path(str(pairs)), photographs)
+        out.mkdir(parents=True, exist_ok=True)
+        for index, name in enumerate(scenes.names):
+            if not (out / f"{name}.npz").exists():
+                pair = scenes.load(index)
+                assert isinstance(pair, PosePair)
+                write_pair(out / f"{name}.npz", pair)
+                click.echo(f"{index + 1} of {pairs}", err=True)
+    except SmcError as error:
+        raise click.ClickException(f"{error}\nfix: {error.fix}" if error.fix else str(error)) from error
+    except OSError as error:
+        raise click.ClickException(str(CannotWrite(f"{out}: {error.strerror or error}"))) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""An evaluation from top to bottom: data sets, matches, estimates, results."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smc.compiler.bench.machine import describe_machine, describe_versions
+from smc.compiler.evaluation import estimate
+from smc.compiler.evaluation.geometry import (
+    corner_error,
+    direction_error,
+    epipolar_error,
+    resize_matrix,
+    rotation_error,
+    transfer_error,
+    transform,
+)
+from smc.compiler.evaluation.matchers import Correspondences, PairMatcher
+from smc.compiler.evaluation.pairs import Floats, HomographyPair, Image, PairSet
+from smc.compiler.evaluation.records import SCHEMA, Config, DataConfig, Header, PairResult
+from smc.compiler.evaluation.results import open_results
+from smc.exported.errors import BadInput, UsageError
+from smc.exported.images import open_image
+
+PRECISION_PIXELS = (1, 3, 5)
+
+EPIPOLAR = {"epipolar 5e-4": 5e-4, "epipolar 1e-4": 1e-4}
+"""Largest epipolar error of a right match: SuperGlue's for ScanNet, and the stricter one that LoFTR has for MegaDepth."""
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest:
+    """What to evaluate.
+
+    Attributes:
+        matcher: finds the matches.
+        data: data sets, each of another kind.
+        out: the file of results; one that the same evaluation has begun is continued.
+        limit: pairs to draw from each data set, None for all.
+        seed: of that draw, and of the estimator's samples.
+        pose_threshold: largest epipolar error of an inlier, pixels of the data set's scale.
+        homography_threshold: largest distance of an inlier, likewise.
+    """
+
+    matcher: PairMatcher
+    data: Sequence[PairSet]
+    out: Path
+    limit: int | None = None
+    seed: int = 0
+    pose_threshold: float = 1.0
+    homography_threshold: float = 3.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The lines of all pairs asked for, and how many of them an earlier run had made."""
+
+    header: Header
+    rows: list[PairResult]
+    continued: int
+
+
+def evaluate(request: EvalRequest, report: Progress = lambda description, fraction: None) -> Evaluation:
+    """Match every pair, estimate, compare with ground truth, and write a line, as soon as a pair is done.
+
+    Raises:
+        UsageError: the request makes no sense, or the file is of another evaluation.
+        NoTarget: poselib is not installed.
+        InputMissing, BadImage, BadInput: an image or its ground truth cannot be used.
+        CannotWrite, DiskError, Busy: the file cannot be written.
+        And what the matcher raises.
+    """
+    if not request.data:
+        raise UsageError("there is nothing to evaluate on", fix="name a data set: --data KIND:PATH")
+    kinds = [data.kind for data in request.data]
+    if len(set(kinds)) < len(kinds):
+        raise UsageError(f"data sets {', '.join(kinds)}: each has to be of another kind", fix="evaluate them in runs of their own")
+    chosen = [_chosen(data, request.limit, request.seed) for data in request.data]
+    config = Config(
+        matcher=request.matcher.describe(),
+        data=[
+            DataConfig(data.kind, data.task, len(indices), data.digest, str(data.scale))
+            for data, indices in zip(request.data, chosen, strict=True)
+        ],
+        limit=request.limit,
+        seed=request.seed,
+        pose_threshold=request.pose_threshold,
+        homography_threshold=request.homography_threshold,
+        estimator=f"poselib {estimate.version()}",
+    )
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    header = Header(SCHEMA, config, created, describe_versions(), describe_machine())
+    with open_results(request.out, header) as file:
+        continued = len(file.rows)
+        wanted = [(data, index) for data, indices in zip(request.data, chosen, strict=True) for index in indices]
+        for done, (data, index) in enumerate(wanted):
+            report(f"evaluating on {data.kind}", done / len(wanted))
+            if (data.kind, data.names[index]) not in file.rows:
+                file.add(_evaluate_pair(data, index, request))
+        rows = [file.rows[data.kind, data.names[index]] for data, index in wanted]
+    return Evaluation(header, rows, continued)
+
+
+def _chosen(data: PairSet, limit: int | None, seed: int) -> list[int]:
+    """Indices of the pairs to take, in the list's order."""
+    if limit is None or limit >= len(data):
+        return list(range(len(data)))
+    return sorted(np.random.default_rng(seed).choice(len(data), limit, replace=False).tolist())
+
+
+def _evaluate_pair(data: PairSet, index: int, request: EvalRequest) -> PairResult:
+    start = time.perf_counter()
+    pair = data.load(index)
+    image0, image1 = _rgb(pair.image0), _rgb(pair.image1)
+    seconds = {"read": time.perf_counter() - start}
+
+    start = time.perf_counter()
+    found = request.matcher.match(image0, image1)
+    seconds |= found.seconds or {"match": time.perf_counter() - start}
+    xy0, xy1 = _points(found)
+
+    (height0, width0), (height1, width1) = image0.shape[:2], image1.shape[:2]
+    resize0, resize1 = (resize_matrix(data.scale.factor(width, height)) for width, height in ((width0, height0), (width1, height1)))
+    small0, small1 = transform(resize0, xy0), transform(resize1, xy1)
+    rotation = translation = error = None
+    inliers = 0
+    precision: dict[str, float] = {}
+    if isinstance(pair, HomographyPair):
+        truth = resize1 @ pair.homography @ np.linalg.inv(resize0)
+        precision = _pixel_precision(transfer_error(small0, small1, truth))
+        start = time.perf_counter()
+        plane = estimate.homography(small0, small1, request.homography_threshold, request.seed)
+        seconds["estimate"] = time.perf_counter() - start
+        if plane is not None:
+            matrix, inliers = plane
+            error = corner_error(matrix, truth, *(side * data.scale.factor(width0, height0) for side in (width0, height0)))
+            error = error if np.isfinite(error) else None
+    else:
+        for name, intrinsics, width, height in (("first", pair.K0, width0, height0), ("second", pair.K1, width1, height1)):
+            _check_centre(f"{data.kind} {pair.name}, {name} image", intrinsics, width, height)
+        if pair.warp is not None:
+            mapped, seen = pair.warp(xy0)
+            distance = np.linalg.norm(transform(resize1, mapped) - small1, axis=1)
+            precision = _pixel_precision(np.where(seen, distance, np.inf))
+        squares = epipolar_error(xy0, xy1, pair.K0, pair.K1, pair.T_0to1)
+        precision |= {name: _fraction(squares < limit) for name, limit in EPIPOLAR.items()}
+        start = time.perf_counter()
+        pose = estimate.relative_pose(small0, small1, resize0 @ pair.K0, resize1 @ pair.K1, request.pose_threshold, request.seed)
+        seconds["estimate"] = time.perf_counter() - start
+        if pose is not None:
+            rotation = rotation_error(pose[0], pair.T_0to1[:3, :3])
+            translation = direction_error(pose[1], pair.T_0to1[:3, 3])
+            error, inliers = max(rotation, translation), pose[2]
+    return PairResult(data.kind, data.names[index], len(xy0), inliers, error, rotation, translation, precision, seconds)
+
+
+def _rgb(image: Image) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3), as stored: ground truth is for pixels before any EXIF orientation."""
+    return np.asarray(open_image(image, "ignore"))
+
+
+def _points(found: Correspondences) -> tuple[Floats, Floats]:
+    """The matches, float64 (K, 2) each. Raises BadInput for what are none, as another's matcher may return."""
+    points = [np.asarray(keypoints, np.float64) for keypoints in (found.keypoints0, found.keypoints1)]
+    if points[0].shape != points[1].shape or points[0].shape[1:] != (2,) or not all(np.isfinite(xy).all() for xy in points):
+        raise BadInput(f"the matcher returned keypoints {points[0].shape} and {points[1].shape}; (K, 2) twice, finite, were expected")
+    return points[0], points[1]
+
+
+def _check_centre(name: str, intrinsics: Floats, width: int, height: int) -> None:
+    """Raise BadInput where intrinsics are for an image of another size, as far as that can be seen."""
+    x, y = intrinsics[0, 2], intrinsics[1, 2]
+    if not (0 < x < width and 0 < y < height):
+        raise BadInput(
+            f"{name}: the intrinsics have their principal point at {x:.0f}, {y:.0f}, outside of its {width}x{height} pixels",
+            fix="take images of the size that the list was made for",
+        )
+
+
+def _pixel_precision(errors: Floats) -> dict[str, float]:
+    return {f"{pixels} px": _fraction(errors < pixels) for pixels in PRECISION_PIXELS}
+
+
+def _fraction(right: NDArray[np.bool_]) -> float:
+    return float(right.mean()) if len(right) else 0.0

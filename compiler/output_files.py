@@ -1,0 +1,38 @@
+"""Files that commands write: refused before any work where that can be known, and never left half written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from smc.compiler.bundle_writer import DISK_ERRNOS
+from smc.exported.errors import CannotWrite, DiskError, UsageError
+
+
+def check_output(path: Path | None, option: str, endings: tuple[str, ...]) -> None:
+    """Raise UsageError for a file of another ending, CannotWrite for one that could not be written."""
+    if path is None:
+        return
+    if path.suffix.lower() not in endings:
+        raise UsageError(f"{option} {path}: a name that ends in {' or '.join(endings)} was expected")
+    if not (os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
+        raise CannotWrite(f"{path}: its folder is missing or read-only")
+    if os.path.isdir(path):
+        raise CannotWrite(f"{path} is a directory")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes it at the end, so that no reader sees half a file. Raises CannotWrite, DiskError."""
+    temporary = path.with_name(f".smc-{secrets.token_hex(8)}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        kind = DiskError if error.errno in DISK_ERRNOS else CannotWrite
+        raise kind(f"{path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""Which tile each operation takes: what was timed on the GPU, or on this GPU for the most similar size, or else a rule.
+
+A tuning file is JSON: {"gpu", "sm", "when", "with", "tiles": {operation: {"tile": {..}, "microseconds": ..}}}. Those of this project lie in
+`compiler/tuned/`, one for each GPU that was at hand; `smc tune` makes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from smc.compiler.operations import default_tile, tile_type
+from smc.exported.errors import BadInput
+
+SHIPPED = Path(__file__).parent / "tuned"
+
+_PLACE = re.compile(r"\w+_(row|group|offset)")
+"""Names of attributes that say where an operand lies."""
+
+_OF_PLACES = ("dtype", "strides")
+"""Attributes of an operand's place that matter for speed: its type, and for elementwise work the order of its elements."""
+
+_SIMILAR = 4.0
+"""How much larger or smaller an operation may be than one that was timed, to take its tile."""
+
+
+class Tuned(msgspec.Struct):
+    """The fastest tile of an operation: its attributes, and how long the operation took, in microseconds."""
+
+    tile: dict[str, Any]
+    microseconds: float
+
+
+class TuningFile(msgspec.Struct):
+    """A tuning file's content.
+
+    Attributes:
+        gpu: the target's name; sm: its compute capability, 90 for 9.0.
+        when: ISO date; made_with: versions of what compiled and ran the candidates.
+        tiles: `describe(operation)` -> its fastest tile.
+    """
+
+    gpu: str
+    sm: int
+    when: str
+    made_with: dict[str, str]
+    tiles: dict[str, Tuned]
+
+
+def describe(operation: Any) -> str:
+    """An operation as text: its kind, sizes, types and options, without where its operands lie and the constants of its mathematics."""
+    return f"{type(operation).__name__} {_fields(operation)}"
+
+
+def _fields(value: Any) -> str:
+    """The fields of an operation, or of an attribute that is a dataclass itself: `offset` marks one that is a place in memory."""
+    is_place = hasattr(value, "offset")
+    parts = []
+    for field in dataclasses.fields(value):
+        given = getattr(value, field.name)
+        if (
+            given == field.default
+            or isinstance(given, float)
+            or (field.name not in _OF_PLACES if is_place else _PLACE.fullmatch(field.name))
+        ):
+            continue
+        parts.append(f"{field.name}={_text(given)}")
+    return " ".join(parts)
+
+
+def _text(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        return f"({_fields(value)})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))})"
+    return str(value)
+
+
+class Tuning:
+    """What is known of one GPU."""
+
+    def __init__(self, sm: int, file: TuningFile | None = None) -> None:
+        """`sm` is 90 for 9.0; a file for another compute capability is no use."""
+        self.sm = sm
+        self._file = file if file is not None and file.sm == sm else None
+
+    @property
+    def digest(self) -> str:
+        """Changes with what is known."""
+        return hashlib.sha256(b"" if self._file is None else msgspec.json.encode(self._file)).hexdigest()
+
+    def tile(self, operation: Any) -> Any:
+        """The tile to use for an operation."""
+        key = describe(operation)
+        if self._file is None:
+            return default_tile(operation, self.sm)
+        found = self._file.tiles.get(key) or self._similar(key)
+        return default_tile(operation, self.sm) if found is None else _made(type(operation).__name__, found)
+
+    def _similar(self, key: str) -> Tuned | None:
+        """The timed operation that differs in nothing but sizes of the image or the batch, the nearest in amount of work."""
+        kind, sizes = _split(key)
+        nearest, best = None, math.log(_SIMILAR)
+        for timed, theirs in self._split_keys.get(kind, []):
+            distance = abs(math.log(math.prod(sizes) / math.prod(theirs)))
+            if distance <= best:
+                nearest, best = self._file.tiles[timed] if self._file else None, distance
+        return nearest
+
+    @cached_property
+    def _split_keys(self) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+        found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for key in self._file.tiles if self._file else ():
+            kind, sizes = _split(key)
+            found.setdefault(kind, []).append((key, sizes))
+        return found
+
+
+_SIZES = re.compile(r"\b(?:m|rows|batch|height|width|h|w|out_height|out_width|tokens|shape|kv_shift)=(\d+|\([\d, ]*\))|\bn=(\d+)(?= m=)")
+
+
+def _split(key: str) -> tuple[str, tuple[int, ...]]:
+    """An operation without the sizes that an image or batch gives it, and the product of these sizes."""
+    sizes = [int(number) for match in _SIZES.finditer(key) for number in re.findall(r"\d+", match[0].partition("=")[2])]
+    return _SIZES.sub("", key), tuple(sizes) or (1,)
+
+
+def tile_fields(tile: Any) -> dict[str, Any]:
+    """A tile as a tuning file has it."""
+    return {"kind": type(tile).__name__, **dataclasses.asdict(tile)}
+
+
+def _made(name: str, tuned: Tuned) -> Any:
+    fields = dict(tuned.tile)
+    try:
+        return msgspec.convert(fields, tile_type(name, str(fields.pop("kind", "Tile"))))
+    except (KeyError, msgspec.ValidationError) as error:
+        raise BadInput(f"the tuning file has no tile of {name} in {tuned.tile} ({error})", fix="smc tune makes one") from error
+
+
+def shipped_tuning(gpu: str, sm: int) -> Tuning:
+    """What the project knows of a GPU: its own file, or one of the same compute capability."""
+    files = sorted(SHIPPED.glob("*.json"), key=lambda path: path.stem != gpu)
+    for path in files:
+        file = read_tuning(path)
+        if file.sm == sm:
+            return Tuning(sm, file)
+    return Tuning(sm)
+
+
+def read_tuning(path: Path) -> TuningFile:
+    """Raises BadInput: it is no tuning file."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TuningFile)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise BadInput(f"{path}: no tuning file that can be read ({error})") from error

@@ -1,0 +1,241 @@
+"""From a matrix product to its launch: how it is cut into tiles, which cuts are worth timing, and the arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from smc.plugins.gemm.specification import ITEMSIZES, Gemm
+from smc.plugins.launch import Address, Constant, Descriptor, Launch, Value, launch
+
+_KERNEL = "smc.plugins.gemm.kernel:gemm"
+_HOPPER = "smc.plugins.gemm.hopper:gemm"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut.
+
+    Attributes:
+        block_m, block_n: outputs of a tile; powers of two, but for the Hopper kernel, whose block_m is 64 a consumer.
+        block_k: elements of k a step; a power of two.
+        warps: a program.
+        stages: steps whose operands are on their way at a time.
+        tma: operands come by the tensor memory accelerator.
+        swath: tiles down before the next column of tiles.
+        consumers: of the Hopper kernel, groups of four warps that multiply, at most 3; 0 for the plain kernel.
+        block_n2: of the Hopper kernel, further columns of a tile, as a second power of two.
+        producer: of the Hopper kernel, a warp for loads alone, which 3 consumers leave no registers for.
+        programs: of the Hopper kernel, how many take turns with the tiles; 0: one a tile.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    tma: bool = False
+    swath: int = 8
+    consumers: int = 0
+    block_n2: int = 0
+    producer: bool = True
+    programs: int = 0
+
+
+_POINTERS = tuple(
+    (block_m, block_n, block_k, warps, stages)
+    for block_m, block_n, warps in ((64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
+    for block_k, stages in ((32, 3), (32, 4), (64, 2), (64, 3))
+)
+"""Rows, columns, elements of k, warps and stages of tiles worth timing for operands by pointers."""
+
+_TMA = (
+    (64, 32, 128, 4, 4),
+    (64, 64, 64, 4, 4),
+    (64, 128, 64, 4, 3),
+    (64, 128, 64, 4, 4),
+    (128, 128, 64, 4, 3),
+    (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 4),
+)
+"""The same for operands by TMA: for every product of the public model, one of these or of the next was within 2 % of the best of many
+more on the H200."""
+
+_HOPPER_TILES = (
+    (1, 64, 0, 6, True),
+    (1, 128, 0, 4, True),
+    (2, 64, 32, 6, True),
+    (2, 128, 0, 4, True),
+    (2, 128, 64, 4, True),
+    (2, 256, 0, 3, True, 132),
+    (3, 128, 64, 4, False),
+    (3, 256, 0, 3, False),
+)
+"""Consumers, block_n, block_n2, stages, producer and programs of the Hopper kernel's tiles worth timing, all with 64 elements of k."""
+
+
+def tiles(op: Gemm, sm: int) -> list[Tile]:
+    """Cuts worth timing on compute capability `sm` (90 is 9.0), the default one among them. Some may not fit its shared memory."""
+    size = ITEMSIZES[op.dtype]
+    found = [default_tile(op, sm)]
+    if sm >= 90 and _tma_reaches(op):
+        found += [Tile(m, n, 2 * k // size, warps, stages, tma=True) for m, n, k, warps, stages in _TMA]
+        if sm == 90 and size == 2:
+            found += [hopper_tile(*cut) for cut in _HOPPER_TILES]
+    else:
+        found += [Tile(m, n, 2 * k // size, warps, stages) for m, n, k, warps, stages in _POINTERS]
+    return [tile for tile in dict.fromkeys(found) if tile.block_m <= max(64, _power(op.m)) and tile.block_n <= max(64, _power(op.n))]
+
+
+def hopper_tile(consumers: int, block_n: int, block_n2: int, stages: int, producer: bool, programs: int = 0) -> Tile:
+    """A tile of the Hopper kernel."""
+    return Tile(64 * consumers, block_n, 64, 4, stages, True, 8, consumers, block_n2, producer, programs)
+
+
+def default_tile(op: Gemm, sm: int) -> Tile:
+    """For GPUs where nothing was timed: the largest of three tiles that still gives every multiprocessor of a large card work."""
+    size = ITEMSIZES[op.dtype]
+    tma = sm >= 90 and _tma_reaches(op)
+    block_k = 128 // size if tma else 32
+    if size == 4:
+        return Tile(64, 64, block_k, 4, 3, tma)
+    for block_m, block_n, warps in ((128, 128, 8), (64, 128, 4)):
+        if op.groups * math.ceil(op.m / block_m) * math.ceil(op.n / block_n) >= 96:
+            return Tile(block_m, block_n, block_k, warps, 4 if tma else 3, tma)
+    return Tile(64, 64, block_k, 4, 4, tma)
+
+
+def launches(op: Gemm, tile: Tile, sm: int) -> list[Launch]:
+    """The launch that computes `op`. Operands: a, weight, bias, cos, sin, residual, out, out_relu, those of them that there are.
+
+    Raises:
+        ValueError: the tile takes operands by TMA, which cannot reach them.
+    """
+    overlaps = sm >= 90
+    rotary, scatter = op.rotary, op.scatter
+    values: dict[str, Value] = {}
+    constants: dict[str, Constant] = {
+        "N": op.n,
+        "K": op.k,
+        "A_ORDER": (op.a_group > 0) - (op.a_group < 0),
+        "W_SHARED": op.w_shared,
+        "BIAS_SHARED": op.bias_shared,
+        "ROTARY": rotary.columns if rotary else 0,
+        "HALF": rotary.half if rotary else 1,
+        "ACTIVATION": op.activation,
+        "SCALE": scatter.scale if scatter else 0,
+        "OVERLAPS": overlaps,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "SWATH": tile.swath,
+    }
+    sizes: dict[str, Value] = {
+        "r_row": op.r_row,
+        "r_group": op.r_group,
+        "out_row": op.out_row,
+        "out_group": op.out_group,
+        "tokens": rotary.tokens if rotary else 1,
+        "width": scatter.width if scatter else 1,
+    }
+
+    def give(name: str, value: Value | None) -> None:
+        if value is None:
+            constants[name] = None
+        else:
+            values[name] = value
+
+    def optional(name: str, dtype: str | None, offset: int = 0) -> None:
+        give(name, None if dtype is None else Address(name, dtype, offset))
+
+    if tile.tma:
+        values["a"] = _a(op, 64 if tile.consumers else tile.block_m, tile.block_k)
+        values["weight"] = _weight(op, tile.block_k, tile.block_n)
+    else:
+        values |= {"a": Address("a", op.dtype, op.a_offset), "weight": Address("weight", op.dtype)}
+    if tile.consumers:
+        give("weight2", _weight(op, tile.block_k, tile.block_n2) if tile.block_n2 else None)
+    optional("bias", op.bias)
+    optional("cos", rotary.dtype if rotary else None)
+    optional("sin", rotary.dtype if rotary else None)
+    staged = _stages_outputs(op, tile)
+    residual_staged = staged > 0 and _stages_residual(op, tile)
+    if residual_staged:
+        staged = (tile.block_n + tile.block_n2) // _piece(tile)
+        values["residual"] = _rows_of("residual", op, op.r_offset, op.r_group, op.r_row, tile)
+    else:
+        optional("residual", op.residual, op.r_offset)
+    values["out"] = (
+        _rows_of("out", op, op.out_offset, op.out_group, op.out_row, tile) if staged else Address("out", op.out_dtype, op.out_offset)
+    )
+    optional("out_relu", op.out_dtype if op.out_relu else None, op.out_offset)
+    count = math.ceil(op.m / tile.block_m) * math.ceil(op.n / (tile.block_n + tile.block_n2))
+    if tile.consumers:
+        values |= {"m": op.m, "groups": op.groups, **sizes}
+        constants |= {
+            "CONSUMERS": tile.consumers,
+            "BLOCK_N2": tile.block_n2,
+            "STAGES": tile.stages,
+            "STAGED": staged,
+            "PRODUCER": tile.producer,
+        }
+        piece = _piece(tile)
+        tables = rotary is not None and piece == 2 * rotary.half and rotary.columns % piece == 0 and tile.block_n + tile.block_n2 < 256
+        constants |= {"RESIDUAL_STAGED": residual_staged, "TABLES": tables, "EXACT": op.out_dtype == "float32", "PIECE": piece}
+        programs = min(op.groups * count, tile.programs or op.groups * count)
+        registers = 168 if tile.consumers == 3 or (tile.consumers == 2 and tile.producer) else 128
+        return [launch(_HOPPER, (programs, 1, 1), values, constants, warps=4, stages=1, registers=registers, overlaps=overlaps)]
+    values |= {"m": op.m, "a_row": op.a_row, "a_group": op.a_group, **sizes}
+    constants |= {"TMA": tile.tma, "BLOCK_M": tile.block_m, "PRECISION": "tf32x3" if op.dtype == "float32" else "ieee"}
+    return [launch(_KERNEL, (count, op.groups, 1), values, constants, warps=tile.warps, stages=tile.stages, overlaps=overlaps)]
+
+
+def _a(op: Gemm, rows: int, columns: int) -> Descriptor:
+    """Strides of a tensor map are not negative: groups that go back are described from the last one on."""
+    if not _tma_reaches(op):
+        raise ValueError(f"TMA needs rows at multiples of 16 bytes: {op}")
+    first = op.a_offset + min(0, (op.groups - 1) * op.a_group)
+    if op.a_group:
+        shape, strides = (op.groups, op.m, op.k), (abs(op.a_group), op.a_row, 1)
+    else:
+        shape, strides = (1, op.m, op.k), (op.a_row, op.a_row, 1)
+    return Descriptor("a", op.dtype, shape, strides, (1, rows, columns), first)
+
+
+def _weight(op: Gemm, rows: int, columns: int) -> Descriptor:
+    groups = 1 if op.w_shared else op.groups
+    return Descriptor("weight", op.dtype, (groups, op.k, op.n), (op.k * op.n, op.n, 1), (1, rows, columns))
+
+
+def _stages_outputs(op: Gemm, tile: Tile) -> int:
+    """Buffers a consumer for outputs that go through shared memory: those of the Hopper kernel in rows of 16 bit numbers that a
+    tensor map reaches."""
+    if not tile.consumers or op.scatter or op.out_relu or ITEMSIZES[op.out_dtype] != 2:
+        return 0
+    reached = op.out_row % 8 == 0 and (op.groups == 1 or (op.out_group > 0 and op.out_group % 8 == 0))
+    return (2 if tile.producer else 1) if reached else 0
+
+
+def _stages_residual(op: Gemm, tile: Tile) -> bool:
+    """Whether the residual comes into the buffers of the outputs: it must be like them, and a program have one tile of modest size."""
+    small = (tile.block_n + tile.block_n2) * tile.block_m * 2 <= 48 << 10
+    reached = op.r_row % 8 == 0 and (op.groups == 1 or (op.r_group > 0 and op.r_group % 8 == 0))
+    return op.residual == op.out_dtype and reached and small and not tile.programs
+
+
+def _rows_of(name: str, op: Gemm, offset: int, group: int, row: int, tile: Tile) -> Descriptor:
+    """Of out or residual."""
+    return Descriptor(name, op.out_dtype, (op.groups, op.m, op.n), (group or row, row, 1), (1, 64, _piece(tile)), offset)
+
+
+def _piece(tile: Tile) -> int:
+    return min(64, tile.block_n, tile.block_n2 or 64)
+
+
+def _tma_reaches(op: Gemm) -> bool:
+    size = ITEMSIZES[op.dtype]
+    return all(stride * size % 16 == 0 for stride in (op.a_row, op.a_group, op.n))
+
+
+def _power(x: int) -> int:
+    """The power of two that is not below x."""
+    return 1 << (x - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Images to the rows of a patch embedding: the convolution whose stride is its size becomes one matrix product."""

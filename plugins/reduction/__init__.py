@@ -1,0 +1,1 @@
+"""Sums and norms of rows: what no other kernel takes in."""

@@ -1,0 +1,115 @@
+"""Pairs with exact correspondence in files, and scenes that are read in order."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smc.compiler.evaluation import held_out
+from smc.compiler.evaluation.data import open_data
+from smc.compiler.evaluation.geometry import epipolar_error
+from smc.compiler.evaluation.held_out import InOrder, held_out_scenes
+from smc.compiler.evaluation.pairs import ListedPair, PosePair
+from smc.compiler.evaluation.rendered import between_pixels, read_pair, write_pair
+from smc.compiler.scenes import pairs
+from smc.compiler.scenes.pairs import HeldOutPairs
+from smc.exported.errors import BadInput, InputMissing, UsageError
+from tests.compiler.evaluation.made import CAMERA, HEIGHT, WIDTH, noise_image, pose
+
+PLANE = np.array([[0.9, -0.1, 30], [0.05, 1.1, -10], [1e-4, 2e-5, 1]])
+
+
+def plane_pair(name: str = "a") -> ListedPair:
+    """All on a plane, but for a step of 30 pixels on the right; the lowest tenth is hidden."""
+
+    def warp(xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+        mapped = np.column_stack([xy, np.ones(len(xy))]) @ PLANE.T
+        step = np.where(xy[:, :1] > WIDTH / 2, [30, 0], [0, 0])
+        return mapped[:, :2] / mapped[:, 2:] + step, xy[:, 1] < 0.9 * HEIGHT
+
+    return ListedPair(name, noise_image(), noise_image(1), CAMERA, CAMERA, pose(), warp)
+
+
+def test_a_pair_comes_back_from_its_file(tmp_path: Path) -> None:
+    pair = plane_pair()
+    for name in ("0-00000", "0-00001"):
+        write_pair(tmp_path / f"{name}.npz", pair)
+    data = open_data(f"rendered:{tmp_path}")
+    assert list(data.names) == ["0-00000", "0-00001"]
+    found = data.load(1)
+    assert isinstance(found, ListedPair)
+    assert found.name == "0-00001"
+    for name in ("image0", "image1", "K0", "K1", "T_0to1"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(pair, name))
+    assert pair.warp is not None
+    assert found.warp is not None
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, (WIDTH, HEIGHT), (500, 2)).astype(np.float64)
+    for xy, allowed in ((pixels, 1e-4), (random.uniform(0, (WIDTH - 1, 0.9 * HEIGHT - 2), (500, 2)), 0.01)):
+        (expected, visible), (mapped, seen) = pair.warp(xy), found.warp(xy)
+        far = np.abs(xy[:, 0] - WIDTH / 2) > 1  # no pixel says on which side of the step a point between two is
+        assert np.abs(mapped - expected)[far | (allowed < 0.01)].max() < allowed
+        np.testing.assert_array_equal(seen, visible)
+
+
+def test_between_pixels_at_edges() -> None:
+    to1 = np.zeros((2, 3, 2))
+    to1[:, 2] = 50  # another surface
+    seen = np.array([[True, True, True], [False, True, True]])
+    mapped, found = between_pixels(to1, seen)(np.array([[1.4, 0], [1.6, 0], [0.3, 0.9], [0, 0], [-0.6, 0], [2.4, 1.4]]))
+    np.testing.assert_allclose(mapped[:4], [[0.4, 0], [49.6, 50], [0.3, -0.1], [0, 0]], atol=1e-12)
+    assert found.tolist() == [True, True, False, True, False, True]
+
+
+def test_folders_and_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match="no rendered pairs"):
+        open_data(f"rendered:{tmp_path}")
+    np.savez(tmp_path / "a.npz", image0=noise_image())
+    with pytest.raises(BadInput, match=r"a.npz: not a rendered pair \('K0'\)"):
+        read_pair(tmp_path / "a.npz")
+    with pytest.raises(BadInput, match="hold their images"):
+        open_data(f"rendered:{tmp_path}:{tmp_path}")
+
+
+def test_pairs_that_are_iterated_over_are_made_once_when_read_in_order() -> None:
+    class Counting:
+        made = 0
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for i in range(10):
+                self.made += 1
+                yield plane_pair(str(i))
+
+    counted = Counting()
+    reader = InOrder(counted)
+    assert [reader.load(i).name for i in (0, 2, 3, 9)] == ["0", "2", "3", "9"]
+    assert counted.made == 10
+    assert reader.load(1).name == "1"
+
+
+def test_held_out_scenes_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out, "SHAPE", (48, 64))
+    monkeypatch.setattr(HeldOutPairs, "CHUNK", 1)
+    monkeypatch.setattr(pairs, "HeldOutPairs", partial(HeldOutPairs, textures=2, texture_side=32))
+    data = held_out_scenes(Path("2"), None)
+    assert list(data.names) == ["scene0-00000", "scene0-00001"]
+    pair = data.load(1)
+    assert isinstance(pair, PosePair)
+    assert pair.name == data.names[1]
+    write_pair(tmp_path / f"{pair.name}.npz", pair)
+    for each in (pair, read_pair(tmp_path / f"{pair.name}.npz")):
+        assert each.warp is not None
+        xy = np.random.default_rng(0).integers(0, (64, 48), (300, 2)).astype(np.float64)
+        mapped, seen = each.warp(xy)
+        assert seen.mean() > 0.1
+        errors = epipolar_error(xy[seen], mapped[seen].astype(np.float64), each.K0, each.K1, each.T_0to1)
+        assert errors.max() < 1e-8  # pose and correspondence are of one truth
+
+
+@pytest.mark.parametrize("count", ["0", "many", "-3"])
+def test_scenes_are_asked_for_by_number(count: str) -> None:
+    with pytest.raises(UsageError, match="a number of pairs was expected"):
+        held_out_scenes(Path(count), None)

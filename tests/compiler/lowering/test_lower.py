@@ -1,0 +1,94 @@
+"""The tiny conformance model through the passes, HybridCast and the lowering, against its typed graphs in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from smc.compiler.backends.cuda import fixed_graph
+from smc.compiler.backends.plan_job import PlanJob, Precision
+from smc.compiler.graph_files import read_onnx
+from smc.compiler.graph_runner import GraphRunner
+from smc.compiler.lowering.lower import lower
+from smc.compiler.optimize import StageGraph
+from smc.compiler.pipeline import PipelineTask, cuda_passes
+from smc.compiler.targets import TARGETS
+from tests.compiler.lowering.graphs import compare, kinds, random_values
+
+LANDSCAPE, PORTRAIT = (32, 64), (64, 32)
+UNEVEN = (48, 80)
+"""A grid whose halves are no whole numbers: maps are cut after they are enlarged."""
+
+
+def typed_graphs(
+    bundle: Path, directory: Path, shapes: Sequence[tuple[int, int]], precision: Precision, exclude: Sequence[str] = ()
+) -> PlanJob:
+    """The graphs that a build writes for these shapes."""
+    directory.mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    height, width = shapes[0]
+    for stage in ("encoder", "decoder"):
+        task = PipelineTask(stage, shapes, 3, precision, (), exclude)
+        graph = StageGraph(read_onnx(bundle / f"{stage}.onnx"), task, None, lambda what, done: None)
+        graph.run(cuda_passes)
+        if stage == "encoder":
+            feeds = [random.integers(0, 256, (1, 3, height, width)).astype(np.float32) / np.float32(127.5) - 1]
+        else:
+            feeds = [
+                random.standard_normal((1, height // 16, width // 16, graph.graph.inputs[0].shape[3])).astype(np.float32) for _ in range(2)
+            ]
+        graph.cast([feeds])
+        graph.write(directory)
+    graphs = {stage: directory / f"{stage}.onnx" for stage in ("encoder", "decoder")}
+    return PlanJob(graphs=graphs, target=TARGETS["h200"], shapes=shapes, max_batch=3, output=directory, cache=directory / "cache")
+
+
+@pytest.fixture(scope="module")
+def hybrid(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> PlanJob:
+    return typed_graphs(tiny_bundle, tmp_path_factory.mktemp("hybrid"), [LANDSCAPE, PORTRAIT], "hybrid")
+
+
+def run_both(graph: gs.Graph, tolerance: float = 1e-2) -> Counter[str]:
+    """Both from random inputs; how many calls of each kind there are."""
+    feeds = {tensor.name: random_values(tensor, seed) for seed, tensor in enumerate(graph.inputs)}
+    made = lower(graph)
+    compare(made, feeds, GraphRunner(graph).run(feeds), tolerance)
+    return Counter(kinds(made.calls))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_encoder(hybrid: PlanJob, batch: int) -> None:
+    found = run_both(fixed_graph(hybrid, "encoder", [LANDSCAPE], batch))
+    assert found["Patches"] == 1
+    assert found["copy"] == 1, "nothing is moved by itself, but the features are float32"
+    assert found.keys() == {"Patches", "Gemm", "Attention", "LayerNorm", "copy"}
+    assert found["Gemm"] == 1 + 4 * found["Attention"]
+
+
+@pytest.mark.parametrize(("shapes", "batch"), [((LANDSCAPE, LANDSCAPE), 1), ((PORTRAIT, PORTRAIT), 3), ((LANDSCAPE, PORTRAIT), 2)])
+def test_the_decoder(hybrid: PlanJob, shapes: tuple[tuple[int, int], ...], batch: int) -> None:
+    found = run_both(fixed_graph(hybrid, "decoder", shapes, batch))
+    views = 1 if shapes[0] == shapes[1] else 2
+    assert (found["PointHead"], found["DescriptorHead"]) == (views, views)
+    assert not found.keys() & {"add", "gelu", "relu", "exp", "Reduction"}, "all else is done on the way"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_other_precisions(tiny_bundle: Path, tmp_path: Path, precision: Precision) -> None:
+    job = typed_graphs(tiny_bundle, tmp_path, [LANDSCAPE], precision)
+    tolerance = 1e-5 if precision == "fp32" else 3e-2
+    run_both(fixed_graph(job, "encoder", [LANDSCAPE], 1), tolerance)
+    found = run_both(fixed_graph(job, "decoder", [LANDSCAPE] * 2, 1), tolerance)
+    assert found["PointHead"] == 1
+
+
+def test_nodes_that_are_left_in_float32(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Those whose numbers end so, as calibration or `exclude` may ask for."""
+    job = typed_graphs(tiny_bundle, tmp_path, [UNEVEN], "hybrid", ["*[147]"])
+    run_both(fixed_graph(job, "encoder", [UNEVEN], 1))
+    run_both(fixed_graph(job, "decoder", [UNEVEN] * 2, 1))

@@ -1,0 +1,131 @@
+"""Candidates of a bundle's operations, prepared here; timed on the GPU only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from smc.compiler import tune
+from smc.compiler.kernel_cache import KernelCache
+from smc.compiler.launch_timing import Timing
+from smc.compiler.operations import default_tile
+from smc.compiler.targets import TARGETS
+from smc.compiler.tuning import Tuning, describe
+from smc.exported.engines import cuda_memory
+from smc.exported.engines.cuda_program import decode_plan
+from smc.exported.errors import BackendFailed, BadInput, UsageError
+from smc.plugins.gemm.specification import Gemm
+from tests.compiler.lowering.compiling import MadeUpKernels
+from tests.compiler.small_stages import job
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the graphs of a very small model, and what a manifest would say of it."""
+    asked = job(tmp_path, max_batch=2)
+    manifest = SimpleNamespace(
+        backend=SimpleNamespace(name="cuda"),
+        target=SimpleNamespace(gpu="h200"),
+        graphs={stage: path.name for stage, path in asked.graphs.items()},
+        input_shapes=[(48, 64)],
+        max_batch=2,
+    )
+    monkeypatch.setattr(tune, "open_bundle", lambda path: SimpleNamespace(manifest=manifest))
+    monkeypatch.setattr(KernelCache, "try_all", lambda self, kernels, sm: MadeUpKernels().try_all(kernels, sm))
+    monkeypatch.setattr(tune, "tiles", lambda operation, sm: [default_tile(operation, sm)])
+    return tmp_path
+
+
+def entries(directory: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = msgspec.json.decode((directory / "job.json").read_bytes())["entries"]
+    return found
+
+
+def test_every_operation_has_candidates(bundle: Path) -> None:
+    reports: list[tuple[str, float]] = []
+    count = tune.prepare(bundle, bundle / "job", bundle / "cache", lambda what, done: reports.append((what, done)))
+    found = entries(bundle / "job")
+    assert len(found) == count
+    kinds = {entry["operation"].partition(" ")[0] for entry in found}
+    assert {"Patches", "Gemm", "LayerNorm", "DescriptorHead"} <= kinds
+    assert len({(entry["operation"], entry["name"]) for entry in found}) == count, "each once"
+    assert all("groups=2" in entry["operation"] for entry in found if "n=2048" in entry["operation"]), "both views' product"
+    plan = decode_plan((bundle / "job" / "plan.json").read_bytes())
+    assert len(plan.programs) == count
+    assert [done for _, done in reports] == sorted(done for _, done in reports)
+
+
+def test_a_bundle_of_another_backend_has_nothing_to_tune(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="onnxruntime plan, which has nothing to tune"):
+        tune.prepare(tiny_bundle, tmp_path / "job", tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"gpu": "h200"}'])
+def test_what_is_no_job(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "about.json").write_bytes(content)
+    with pytest.raises(BadInput, match="no candidates that can be timed") as caught:
+        tune.measure(tmp_path)
+    assert "--prepare" in caught.value.fix
+
+
+Answer = Callable[[str], float]
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, directory: Path, median: Answer, failure: str = "", sm: str = "9.0") -> None:
+    """Let a job be timed by a made-up GPU."""
+    timings: Sequence[Timing] = [Timing(one["operation"], one["name"], median(one["name"]), 1.0, failure) for one in entries(directory)]
+    monkeypatch.setattr(tune, "time_job", lambda *_: timings)
+    monkeypatch.setattr(cuda_memory, "devices", lambda: [SimpleNamespace(name="NVIDIA H200", sm=sm, index=0)])
+    monkeypatch.setattr(cuda_memory, "driver_version", lambda: (13, 0))
+
+
+def test_the_fastest_tile_of_each_operation_is_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from smc.compiler.operations import tiles
+
+    monkeypatch.setattr(tune, "tiles", tiles)
+    tune.prepare(bundle, bundle / "job", bundle / "cache")
+    names = {entry["name"] for entry in entries(bundle / "job")}
+    slow = {name: 10.0 + i for i, name in enumerate(sorted(names))}
+    timed(monkeypatch, bundle / "job", slow.__getitem__)
+    found = tune.measure(bundle / "job")
+    assert (found.gpu, found.sm) == ("h200", 90)
+    assert found.made_with["device"] == "NVIDIA H200"
+    assert found.tiles.keys() == {entry["operation"] for entry in entries(bundle / "job")}
+    for operation, best in found.tiles.items():
+        assert best.microseconds == min(slow[entry["name"]] for entry in entries(bundle / "job") if entry["operation"] == operation)
+    tune.write(found, bundle / "tuning.json")
+    from smc.compiler.tuning import read_tuning
+
+    assert read_tuning(bundle / "tuning.json") == found
+
+
+def test_a_job_for_another_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune.prepare(bundle, bundle / "job", bundle / "cache")
+    timed(monkeypatch, bundle / "job", lambda name: 1.0, sm="8.6")
+    with pytest.raises(BackendFailed, match=r"for sm 9\.0, and this machine has NVIDIA H200 \(sm 8\.6\)"):
+        tune.measure(bundle / "job")
+
+
+def test_nothing_that_ran(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune.prepare(bundle, bundle / "job", bundle / "cache")
+    timed(monkeypatch, bundle / "job", lambda name: 1.0, failure="launch failed")
+    with pytest.raises(BackendFailed, match="no candidate ran"):
+        tune.measure(bundle / "job")
+
+
+def test_what_was_tuned_is_found_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune.prepare(bundle, bundle / "job", bundle / "cache")
+    timed(monkeypatch, bundle / "job", lambda name: 1.0)
+    known = tune.measure(bundle / "job")
+    operation = Gemm(groups=2, m=12, n=2048, k=32, a_row=32, a_group=12 * 32, out_row=2048, out_group=12 * 2048, out_dtype="float32")
+    assert any(key.startswith("Gemm groups=2 m=12 n=2048") for key in known.tiles)
+    assert Tuning(90, known).tile(operation) == default_tile(operation, 90)
+    assert describe(operation).startswith("Gemm")
+    assert TARGETS["h200"].sm == "9.0"

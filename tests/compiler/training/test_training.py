@@ -1,0 +1,209 @@
+"""Losses against plain numpy, and a run of a very small model: it learns, it resumes, and what it writes can be built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+
+from smc.compiler.build import BuildRequest, build
+from smc.compiler.checkpoint import load_checkpoint
+from smc.compiler.config import PRESETS, ModelConfig
+from smc.compiler.scenes.pairs import PairBatch, draw_batch
+from smc.compiler.scenes.textures import draw_textures
+from smc.compiler.training.losses import ALPHA, MATCHING_ALPHA, TEMPERATURE, draw_correspondences, matching_loss, points_loss
+from smc.compiler.training.plan import LARGE, PHASES, SMALL, Phase, difficulty_at, lr_at, phase_at
+from smc.compiler.training.state import STATE
+from smc.compiler.training.train import Options, Run
+from smc.exported.errors import BadInput
+
+MICRO = ModelConfig(
+    enc_embed_dim=32,
+    enc_depth=1,
+    enc_num_heads=1,
+    dec_embed_dim=32,
+    dec_depth=4,
+    dec_num_heads=1,
+    mlp_ratio=2,
+    dpt_dim=8,
+    dpt_level_dims=(8, 8, 8, 8),
+    desc_mlp_ratio=0.5,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def batch() -> PairBatch:
+    generator = Generator().manual_seed(0)
+    return draw_batch(generator, draw_textures(generator, None, 4, 64), 3, 48, 64)
+
+
+def options(out: Path, steps: int = 6) -> Options:
+    phase = Phase(until=1.0, shapes=((32, 48),), pairs=2, correspondences=32)
+    return Options(
+        out=out,
+        config=MICRO,
+        photographs=None,
+        steps=steps,
+        device="cpu",
+        compile=False,
+        phases=(phase,),
+        textures=4,
+        texture_side=32,
+        refresh=3,
+        evaluate_steps=100,
+        log_steps=1,
+        evaluated=2,
+    )
+
+
+def test_points_loss_is_what_numpy_says() -> None:
+    rng = np.random.default_rng(0)
+    points, truth = rng.normal(size=(2, 2, 4, 5, 3)), rng.normal(size=(2, 2, 4, 5, 3))
+    confidence, valid = 1 + rng.random((2, 2, 4, 5)), rng.random((2, 2, 4, 5)) < 0.7
+    wanted = np.zeros(2)
+    errors = np.zeros((2, 2, 4, 5))
+    for pair in range(2):
+        seen = valid[:, pair]
+        scales = [np.linalg.norm(cloud[:, pair], axis=-1)[seen].mean() for cloud in (points, truth)]
+        errors[:, pair] = np.linalg.norm(points[:, pair] / scales[0] - truth[:, pair] / scales[1], axis=-1)
+    for view in range(2):
+        term = confidence[view] * errors[view] - ALPHA * np.log(confidence[view])
+        wanted += [term[valid[view]].mean(), errors[view][valid[view]].mean() / 2]
+    both = [tuple(torch.from_numpy(x)) for x in (points, confidence, truth, valid)]
+    found = points_loss(*((x[0], x[1]) for x in both))
+    np.testing.assert_allclose([float(x) for x in found], wanted, rtol=1e-6)
+
+
+def test_points_loss_does_not_see_the_scale() -> None:
+    points = torch.randn(2, 1, 4, 5, 3, generator=Generator().manual_seed(0))
+    ones, valid = torch.ones(1, 4, 5), torch.ones(1, 4, 5, dtype=torch.bool)
+    loss, distance = points_loss((7 * points[0], 7 * points[1]), (ones, ones), (points[0], points[1]), (valid, valid))
+    assert float(loss) < 1e-4
+    assert float(distance) < 1e-4
+
+
+def test_matching_loss_is_what_numpy_says() -> None:
+    rng = np.random.default_rng(1)
+    desc = rng.normal(size=(2, 2, 6, 4))
+    desc /= np.linalg.norm(desc, axis=-1, keepdims=True)
+    confidence, real = 0.5 + rng.random((2, 2, 6)), rng.random((2, 6)) < 0.8
+    pixels = np.stack([np.tile(np.arange(6), (2, 1)), np.tile([0, 1, 2, 3, 4, 4], (2, 1))])  # the last two share one pixel
+    real[:, 4:] = True
+    terms, plain = [], []
+    for pair in range(2):
+        exact = np.exp(desc[0, pair] @ desc[1, pair].T / TEMPERATURE)
+        for i in np.flatnonzero(real[pair]):
+            others = [j for j in np.flatnonzero(real[pair]) if j == i or {i, j} != {4, 5}]
+            nce = -(np.log(exact[i, i] / exact[i, others].sum()) + np.log(exact[i, i] / exact[others, i].sum())) / 2
+            weight = confidence[:, pair, i].mean()
+            plain.append(nce)
+            terms.append(weight * nce - MATCHING_ALPHA * np.log(weight))
+    tensors = [torch.from_numpy(x) for x in (*desc, *confidence)]
+    found = matching_loss(*tensors, tuple(torch.from_numpy(pixels)), torch.from_numpy(real))
+    np.testing.assert_allclose([float(x) for x in found], [np.mean(terms), np.mean(plain)], rtol=1e-6)
+
+
+def test_gradients_are_finite_where_nothing_is_valid() -> None:
+    points = torch.zeros(1, 2, 2, 3, requires_grad=True)
+    ones, nothing = torch.ones(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool)
+    points_loss((points, points), (ones, ones), (points.detach(), points.detach()), (nothing, nothing))[0].backward()
+    desc = torch.zeros(1, 3, 4, requires_grad=True)
+    index, none = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.bool)
+    matching_loss(desc, desc, torch.ones(1, 3), torch.ones(1, 3), (index, index), none)[0].backward()
+    for x in (points, desc):
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
+
+
+def test_correspondences_are_true_to_half_a_pixel(batch: PairBatch) -> None:
+    first, second, real = draw_correspondences(Generator().manual_seed(1), batch, 100)
+    assert first.shape == second.shape == real.shape == (3, 100)
+    assert real.float().mean() > 0.5
+    xy = torch.stack([first % 64, first // 64], dim=-1).float()
+    there, visible = batch.warp(xy)
+    assert visible[real].all()
+    found = torch.stack([second % 64, second // 64], dim=-1).float()
+    assert (found - there).abs()[real].max() <= 0.5001
+
+
+def test_plan_covers_the_run() -> None:
+    assert phase_at(0.0, PHASES).shapes[0] == SMALL
+    assert phase_at(0.99, PHASES).shapes[0] == phase_at(1.5, PHASES).shapes[0] == LARGE
+    assert difficulty_at(0.0).view_angle < 20 < 59 < difficulty_at(0.5).view_angle
+    rates = [lr_at(i / 100) for i in range(101)]
+    assert max(rates) == rates[3]
+    assert rates[-1] < 0.02 * max(rates)
+
+
+def test_the_trained_preset_is_small_enough_to_ship() -> None:
+    from smc.compiler.checkpoint import parameter_shapes
+
+    values = sum(int(np.prod(shape)) for shape in parameter_shapes(PRESETS["pocket"]).values())
+    assert 2 * values < 15_800_000  # of 16 MB, names and shapes take the rest
+
+
+def test_a_run_learns_resumes_and_can_be_built(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    quiet: list[str] = []
+    record = Run(options(whole)).train(quiet.append)
+    Run(options(parts)).train(quiet.append, stop_after=4)
+    again = Run(options(parts))
+    assert again.step == 4
+    again.train(quiet.append)
+
+    one, other = (load_checkpoint(folder) for folder in (whole, parts))
+    assert one.config == MICRO
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(tensor, other.tensors[name], rtol=1e-3, atol=1e-4)
+    assert record["steps"] == 6
+    assert json.loads((whole / "training.json").read_text())["pairs"] == 12
+    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6, 6]
+    assert 0 <= log[-1]["recall"] <= 1
+
+    result = build(BuildRequest(gpu="cpu", out=tmp_path / "bundle", checkpoint=whole, shapes=((48, 64),)))
+    assert result.path.exists()
+
+
+def test_a_few_steps_on_one_batch_lower_the_loss(tmp_path: Path) -> None:
+    from smc.compiler.training.network import trainable_functions
+
+    run = Run(options(tmp_path, steps=100))
+    losses = []
+    with trainable_functions(run.device):
+        batch = run._draw(0)
+        for group in run.optimizer.param_groups:
+            group["lr"] = 1e-3
+        for _ in range(12):
+            found = run._backward(batch)
+            run._update(found)
+            losses.append(float(found["loss"]))
+    assert losses[-1] < losses[0] - 0.1
+    assert run.skipped == 0
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    run = Run(options(tmp_path))
+    run.save()
+    assert (tmp_path / STATE).exists()
+    with pytest.raises(BadInput, match="another model or seed"):
+        Run(dataclasses.replace(options(tmp_path), seed=1))
+
+
+def test_a_run_needs_one_limit(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="minutes or by steps"):
+        dataclasses.replace(options(tmp_path), minutes=1.0)
