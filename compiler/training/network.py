@@ -25,8 +25,10 @@ def initialise(network: Mast3r) -> None:
     nn.init.xavier_uniform_(embed.weight.flatten(1))
     for head in (network.downstream_head1, network.downstream_head2):
         last = head.dpt.head[-1]
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
         with torch.no_grad():
-            last.bias[:] = torch.tensor([0.0, 0.0, 1.0, 0.0])  # points start in front of the camera
+            last.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))  # points start in front of the camera
 
 
 def compile_parts(network: Mast3r) -> None:
