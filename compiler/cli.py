@@ -281,8 +281,7 @@ def bench(bundle: Path, shapes: Sequence[tuple[int, int]], **request: Any) -> No
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The tuning file to write, for smc build --tuning.")
 def tune(bundle: Path | None, prepare: Path | None, candidates: Path | None, out: Path | None) -> None:
     """Time the kernels of a bundle of --backend cuda on this machine's GPU, and write down the fastest."""
-    from smc.compiler import tune as tuning
-    from smc.compiler.packages import cache_directory
+    from smc.compiler.packages import cache_directory, require_packages
     from smc.exported.errors import UsageError
 
     if (bundle is None) == (candidates is None) or (prepare is None) == (out is None) or (candidates and prepare):
@@ -290,6 +289,9 @@ def tune(bundle: Path | None, prepare: Path | None, candidates: Path | None, out
             "a bundle is tuned in one go, or in two steps",
             fix="smc tune BUNDLE --out FILE; or smc tune BUNDLE --prepare DIR, and on the GPU smc tune --candidates DIR --out FILE",
         )
+    require_packages("tuning", ("triton", "onnx", "onnx_graphsurgeon", "platformdirs"))
+    from smc.compiler import tune as tuning
+
     with _progress() as report, tempfile.TemporaryDirectory() as scratch:
         directory = candidates or prepare or Path(scratch)
         if bundle is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -80,9 +81,10 @@ class KernelCache:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / _name(fingerprint(kernel, sm))
-        staged = path.with_suffix(f".{os.getpid()}")
-        staged.write_bytes(msgspec.msgpack.encode(compiled))
-        staged.replace(path)
+        handle, staged = tempfile.mkstemp(dir=self._directory)
+        with os.fdopen(handle, "wb") as file:
+            file.write(msgspec.msgpack.encode(compiled))
+        os.replace(staged, path)
 
 
 def _try(kernel: Kernel, sm: int) -> Compiled | ValueError:

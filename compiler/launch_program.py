@@ -80,6 +80,10 @@ class KernelTable:
                     space, offset = _place(value, places)
                     arguments.append(TensorMap(space, offset, tile.element, tile.swizzle, tile.box, itemsize, value.shape, value.strides))
                 case int():
+                    if not -(1 << 31) <= value < 1 << 31:
+                        raise ValueError(
+                            f"{label or launch.kernel.function}: {value:,} does not fit 32 bits; use fewer or smaller images at once"
+                        )
                     arguments.append(Int32(value))
                 case float():
                     arguments.append(Float32(value))

@@ -136,7 +136,7 @@ def time_job(directory: Path, device: int = 0, report: Report = lambda descripti
     """Time every candidate of a job on this machine's GPU of that number. Raises NoTarget without one."""
     from smc.exported.engines import cuda_launch
     from smc.exported.engines import cuda_memory as cuda
-    from smc.exported.errors import SmcError
+    from smc.exported.errors import BackendFailed, SmcError
 
     cuda.use_device(device)
     job = msgspec.json.decode((directory / "job.json").read_bytes(), type=_Job)
@@ -156,6 +156,10 @@ def time_job(directory: Path, device: int = 0, report: Report = lambda descripti
             times = [1e6 * cuda.elapsed(stream, lambda g=graph: g.launch(stream)) / REPEATS for _ in range(replays + 2)][2:]  # type: ignore[misc]
             timings.append(Timing(entry.operation, entry.name, statistics.median(times), min(times)))
         except SmcError as error:
+            try:
+                stream.synchronize()
+            except SmcError as broken:  # nothing runs any more in this process, and no later candidate is to blame
+                raise BackendFailed(f"{entry.operation}, {entry.name}: it broke the GPU's work: {error}") from broken
             timings.append(Timing(entry.operation, entry.name, math.inf, math.inf, str(error)))
     return timings
 

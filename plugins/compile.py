@@ -142,6 +142,7 @@ def kernel_sources() -> str:
         text = path.read_bytes()
         if b"triton.jit" in text or b"gluon.jit" in text:
             digest.update(path.as_posix().rpartition("plugins/")[2].encode() + b"\0" + text)
+    digest.update(Path(__file__).read_bytes())  # how they are compiled
     return digest.hexdigest()
 
 

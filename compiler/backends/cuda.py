@@ -143,6 +143,9 @@ def fixed_graph(job: PlanJob, stage: str, shapes: Sequence[Shape], batch: int) -
     from smc.passes.fold_constants import FoldConstants
 
     graph = import_graph(read_onnx(job.graphs[stage]), stage)
+    areas = {height * width for height, width in job.shapes}
+    if stage == "decoder" and len(graph.inputs[0].shape) == 3 and len(areas) < len(job.shapes):
+        raise BadInput("features without a grid, of input shapes of one area, cannot be told apart", fix="give one --shape of each area")
     passes: list[Pass] = [FixShapes(_sizes(graph, stage, shapes, batch)), FoldConstants(), CancelLayout(), CommonSubexpressions()]
     if stage == "decoder" and shapes[0] == shapes[1]:
         passes.append(BatchTwins())

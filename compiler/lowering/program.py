@@ -17,7 +17,7 @@ from smc.compiler.lowering.weight_file import WeightFile
 from smc.compiler.operations import default_tile, launches, workspace
 from smc.compiler.tuning import Tuning
 from smc.exported.engines.cuda_program import Program, Region, Step
-from smc.plugins.compile import fits
+from smc.plugins.compile import fits, shared_memory_limit
 from smc.plugins.launch import Launch
 from smc.plugins.matching import launches as matching
 from smc.plugins.matching.specification import Matching
@@ -36,7 +36,7 @@ class ProgramWriter:
             ValueError: a kernel does not compile.
             OSError: the weights cannot be written.
         """
-        made = self._cut(lowered.calls)
+        made = [(call, launched) for call, launched in self._cut(lowered.calls) if launched]  # none for what is empty
         calls = [call for call, _ in made]
         slots = assign(calls)
         arena = pack(calls, slots, {view.buffer for view in (*lowered.inputs.values(), *lowered.outputs.values())})
@@ -65,7 +65,16 @@ class ProgramWriter:
                 tile = default_tile(call.operation, sm)
                 ways[i] = tile, launches(call.operation, tile, sm)
         self._compile(launched for _, launched in ways if launched)
+        for call, (_, launched) in zip(calls, ways, strict=True):
+            self._check_fit(launched or [], f"{type(call.operation).__name__} {call.label}")
         return [(_with_workspace(call, tile), launched or []) for call, (tile, launched) in zip(calls, ways, strict=True)]
+
+    def _check_fit(self, launched: Sequence[Launch], label: str) -> None:
+        """Raise ValueError for a kernel that the GPU has too little shared memory for."""
+        for launch in launched:
+            needed, limit = self._table.compiled(launch.kernel).shared_memory, shared_memory_limit(self._tuning.sm)
+            if needed > limit:
+                raise ValueError(f"{label} takes {needed:,} bytes of shared memory a block, and the GPU has {limit:,}")
 
     def _compile(self, launched: Iterable[Sequence[Launch]]) -> None:
         self._table.compile([launch.kernel for group in launched for launch in group])
@@ -97,6 +106,7 @@ class ProgramWriter:
                 end += -(-math.prod(operand.shape) * itemsize(operand.dtype) // ALIGNMENT) * ALIGNMENT
         launched = matching.matching_launches(operation, tile, self._tuning.sm)
         self._table.compile([launch.kernel for launch in launched])
+        self._check_fit(launched, "matching")
         where: dict[str, Place] = {name: ("arena", region.offset) for name, region in regions.items()}
         steps = tuple(self._table.step(launch, where, f"Matching {launch.kernel.function.rpartition(':')[2]}") for launch in launched)
         inputs, outputs = ({name: regions[name] for name in names} for names in (matching.INPUTS, matching.OUTPUTS))

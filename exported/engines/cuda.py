@@ -72,7 +72,11 @@ class CudaEngine:
         self._programs: dict[tuple[str, tuple[Shape, ...]], dict[int, Program]] = {}
         self._image_shapes: dict[tuple[int, ...], Shape] = {}  # shape of an image's features -> the image's
         for program in plan.programs:
-            self._add(program)
+            try:
+                self._add(program)
+            except (KeyError, ValueError, IndexError) as error:
+                raise BundleDamaged(f"{PLAN}: a program of stage {program.stage!r} that this version does not know ({error})") from error
+        self._check_complete()
         self._memory, self._staging = cuda.device_pool(), cuda.pinned_pool()
         self._idle: list[_Session] = []
         self._lock = threading.Lock()
@@ -139,9 +143,17 @@ class CudaEngine:
         elif program.stage == "decoder":
             maps = [program.outputs[name] for name in ("desc1", "desc2")]
             shapes, batch = tuple(_shape(region.shape[1:3]) for region in maps), maps[0].shape[0]
-        else:
+        elif program.stage == "matcher":
             shapes, batch = tuple(_shape(program.inputs[name].shape[:2]) for name in ("desc1", "desc2")), 1
+        else:
+            raise ValueError("no such stage")
         self._programs.setdefault((program.stage, shapes), {})[batch] = program
+
+    def _check_complete(self) -> None:
+        """Raise BundleDamaged unless every kind of program can take one, and what is decoded can be matched."""
+        decoded, matched = ({shapes for stage, shapes in self._programs if stage == kind} for kind in ("decoder", "matcher"))
+        if any(1 not in programs for programs in self._programs.values()) or decoded != matched:
+            raise BundleDamaged(f"{PLAN}: programs are missing")
 
     def _encode(self, session: _Session, images: NDArray[Any] | Sequence[NDArray[Any]]) -> cuda.DeviceArray:
         """Queue the encoder. Its features are there when the session is done, or for what comes after it on the session's stream."""

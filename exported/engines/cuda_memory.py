@@ -39,6 +39,11 @@ _NO_DEVICE = {
 _FIX = "smc doctor shows what this machine has"
 
 
+_WHOLE_GPU = threading.RLock()
+"""Held while work is captured, and by what waits for everything on the GPU, which CUDA forbids while any thread captures. Taken before
+a pool's own lock: a block may be collected, and put back, inside a capture."""
+
+
 @dataclass(frozen=True)
 class Device:
     """A GPU of this machine: its number, the vendor's name, compute capability such as "8.6", and memory."""
@@ -65,7 +70,12 @@ def runtime_version() -> tuple[int, int]:
 
 def devices() -> list[Device]:
     """The GPUs that this process may use, at least one. Raises NoTarget where there is none, or CUDA does not work."""
-    driver_version()
+    driver, library = driver_version(), runtime_version()
+    if driver[0] < library[0]:
+        raise NoTarget(
+            f"cuda-bindings is for CUDA {library[0]}, and this machine's driver for CUDA {driver[0]}.{driver[1]}",
+            fix=f"install a driver for CUDA {library[0]} (580 or newer for CUDA 13)",
+        )
     found = []
     for index in range(_check_machine(cudart.cudaGetDeviceCount(), "looking for GPUs")):
         properties = _check_machine(cudart.cudaGetDeviceProperties(index), f"asking for the properties of GPU {index}")
@@ -172,13 +182,14 @@ class Graph:
         Raises:
             BackendFailed: it queued what cannot be captured.
         """
-        # Other threads go on allocating meanwhile: only this one's calls may spoil the capture.
+        # Other threads go on allocating meanwhile: only this one's calls may spoil the capture, and whatever waits for the whole GPU.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        _check(cudart.cudaStreamBeginCapture(stream.handle, mode), "beginning a capture")
-        try:
-            enqueue()
-        finally:
-            ended = cudart.cudaStreamEndCapture(stream.handle)  # also after a failure: the stream would stay in capture
+        with _WHOLE_GPU:
+            _check(cudart.cudaStreamBeginCapture(stream.handle, mode), "beginning a capture")
+            try:
+                enqueue()
+            finally:
+                ended = cudart.cudaStreamEndCapture(stream.handle)  # also after a failure: the stream would stay in capture
         captured = _check(ended, "ending a capture")
         try:
             self._graph = _check(cudart.cudaGraphInstantiate(captured, 0), "making a captured graph runnable")
@@ -230,26 +241,31 @@ class MemoryPool:
         Raises:
             OutOfMemory: so much is not there.
         """
+        address = self._pop(nbytes)
+        if address is None and self._lent.get(nbytes):
+            self._reclaim()
+            address = self._pop(nbytes)
+        return Block(self, self._new(nbytes) if address is None else address, nbytes)
+
+    def _pop(self, nbytes: int) -> int | None:
         with self._lock:
-            if not self._idle.get(nbytes) and self._lent.get(nbytes):
-                self._reclaim()
             addresses = self._idle.get(nbytes)
-            address = addresses.pop() if addresses else self._new(nbytes)
-        return Block(self, address, nbytes)
+            return addresses.pop() if addresses else None
 
     def release(self) -> None:
         """Free what is kept and not in use."""
-        with self._lock:
+        with _WHOLE_GPU, self._lock:
             _free_all(self._idle, self._free)
             _free_all(self._lent, self._free)
 
     def _reclaim(self) -> None:
         """Make the blocks that were lent, and have come back, idle ones."""
-        returned = {size: list(addresses) for size, addresses in self._lent.items()}  # one that comes back meanwhile is not waited for
-        self._settle()
-        for size, addresses in returned.items():
-            del self._lent[size][: len(addresses)]
-            self._idle.setdefault(size, []).extend(addresses)
+        with _WHOLE_GPU, self._lock:
+            returned = {size: list(addresses) for size, addresses in self._lent.items()}  # what comes back meanwhile is not waited for
+            self._settle()
+            for size, addresses in returned.items():
+                del self._lent[size][: len(addresses)]
+                self._idle.setdefault(size, []).extend(addresses)
 
     def _new(self, nbytes: int) -> int:
         status, address = self._allocate(nbytes)
@@ -348,7 +364,8 @@ class DeviceArray:
         if copy is False:
             raise ValueError("an array on the GPU cannot be read from the host without a copy")
         host = np.empty(self.shape, self.dtype)
-        _check(cudart.cudaMemcpy(host.ctypes.data, self.address, self.nbytes, cudart.cudaMemcpyKind.cudaMemcpyDefault), "copying")
+        with _WHOLE_GPU:
+            _check(cudart.cudaMemcpy(host.ctypes.data, self.address, self.nbytes, cudart.cudaMemcpyKind.cudaMemcpyDefault), "copying")
         return host.astype(self.dtype if dtype is None else dtype, copy=False)
 
 

@@ -7,7 +7,7 @@ the engine copies to the GPU as it is. Everything in a program is fixed: a progr
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -63,7 +63,7 @@ class TensorMap(msgspec.Struct, frozen=True, tag="tensor_map"):
 class Int32(msgspec.Struct, frozen=True, tag="int32"):
     """A kernel's argument: an integer."""
 
-    value: int
+    value: Annotated[int, msgspec.Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
 
 
 class Float32(msgspec.Struct, frozen=True, tag="float32"):
@@ -148,13 +148,21 @@ def decode_plan(data: bytes | memoryview) -> Plan:
 
 def _check(plan: Plan) -> None:
     """Raise BundleDamaged, or what a size or type that is none raises, unless a plan stays inside its memory."""
+    for kernel in plan.kernels:
+        if kernel.offset < 0 or kernel.size < 1 or not 1 <= kernel.threads <= 1024 or kernel.shared_memory < 0:
+            raise BundleDamaged(f"{PLAN}: {kernel}")
     for program in plan.programs:
+        named = (*program.inputs.values(), *program.outputs.values())
+        if any(region.space != "arena" or min(region.shape, default=1) < 0 for region in named):
+            raise BundleDamaged(f"{PLAN}: an input or output of the {program.stage} is no tensor in its arena")
         sizes = {"arena": program.arena_bytes, "weights": plan.weights_bytes}
         places = [argument for step in program.steps for argument in step.arguments if isinstance(argument, Pointer | TensorMap)]
-        for place in (*places, *program.inputs.values(), *program.outputs.values()):
+        for place in (*places, *named):
             if place.offset < 0 or _end(place) > sizes[place.space]:
                 raise BundleDamaged(f"{PLAN}: bytes {place.offset} to {_end(place)} of {sizes[place.space]} bytes of {place.space}")
         for number, step in enumerate(program.steps):
+            if min(step.grid) < 1:
+                raise BundleDamaged(f"{PLAN}: step {number} has a grid of {step.grid}")
             if not 0 <= step.kernel < len(plan.kernels):
                 raise BundleDamaged(f"{PLAN}: kernel {step.kernel} of {len(plan.kernels)}")
             if step.lane not in (0, 1) or any(not 0 <= other < number for other in step.waits):
@@ -167,6 +175,8 @@ def _end(place: Pointer | TensorMap | Region) -> int:
         case Region():
             return place.offset + math.prod(place.shape) * ITEMSIZES[place.dtype]
         case TensorMap():
+            if min((*place.shape, *place.box, place.itemsize), default=0) < 1 or min(place.strides, default=0) < 0:
+                raise ValueError(f"a tensor of shape {place.shape}, strides {place.strides}, in blocks of {place.box}")
             last = sum((size - 1) * stride for size, stride in zip(place.shape, place.strides, strict=True))
             return place.offset + (last + 1) * place.itemsize
     return place.offset

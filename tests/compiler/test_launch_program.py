@@ -41,6 +41,13 @@ def test_a_step_has_its_operands_in_their_places() -> None:
     )
 
 
+def test_numbers_that_wrap_are_refused() -> None:
+    places: dict[str, Place] = {"x": ("weights", 0), "out": ("arena", 0)}
+    assert table().step(copying((1 << 31) - 1), places).arguments[2] == Int32((1 << 31) - 1)
+    with pytest.raises(ValueError, match="2,147,483,648 does not fit 32 bits"):
+        table().step(copying(1 << 31), places)
+
+
 def test_equal_kernels_are_compiled_and_stored_once() -> None:
     kernels = table()
     places: dict[str, Place] = {"x": ("weights", 0), "out": ("arena", 0)}

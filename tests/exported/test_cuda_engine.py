@@ -238,6 +238,30 @@ def engine(gpu: FakeGpu) -> CudaEngine:
     return CudaEngine(made_up_files(), manifest())
 
 
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        lambda program: program.stage == "matcher",
+        lambda program: program.stage == "encoder" and program.inputs["image"].shape[0] == 1,
+    ],
+    ids=["no matching", "no single image"],
+)
+def test_plans_without_a_program_that_is_needed_are_damaged(gpu: FakeGpu, left_out: Callable[[Program], bool]) -> None:
+    plan = made_up_plan()
+    plan = msgspec.structs.replace(plan, programs=tuple(program for program in plan.programs if not left_out(program)))
+    with pytest.raises(BundleDamaged, match="programs are missing"):
+        CudaEngine(made_up_files() | {"plan.json": memoryview(encode_plan(plan))}, manifest())
+
+
+@pytest.mark.parametrize("changes", [{"stage": "dreamer"}, {"outputs": {}}])
+def test_programs_that_no_engine_knows_are_damaged(gpu: FakeGpu, changes: dict[str, Any]) -> None:
+    plan = made_up_plan()
+    strange = msgspec.structs.replace(plan.programs[0], **changes)
+    plan = msgspec.structs.replace(plan, programs=(strange, *plan.programs[1:]))
+    with pytest.raises(BundleDamaged, match="does not know"):
+        CudaEngine(made_up_files() | {"plan.json": memoryview(encode_plan(plan))}, manifest())
+
+
 def images(*values: int, shape: tuple[int, int] = WIDE) -> np.ndarray:
     """An image of each value."""
     return np.repeat(np.array(values, np.uint8), 3 * shape[0] * shape[1]).reshape(-1, *shape, 3)

@@ -212,6 +212,14 @@ def test_the_threads_gpu_is_its_own_again(monkeypatch: pytest.MonkeyPatch, used:
     assert gpus.used == used | {1}
 
 
+def test_a_driver_older_than_the_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudart, "cudaDriverGetVersion", lambda: (SUCCESS, 12040))
+    monkeypatch.setattr(cudart, "cudaRuntimeGetVersion", lambda: (SUCCESS, 13020))
+    with pytest.raises(NoTarget, match=r"cuda-bindings is for CUDA 13, and this machine's driver for CUDA 12\.4") as caught:
+        cuda.devices()
+    assert "580" in str(caught.value.fix)
+
+
 def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudart, "cudaDriverGetVersion", lambda: (SUCCESS, 0))
     with pytest.raises(NoTarget, match="no NVIDIA driver"):
