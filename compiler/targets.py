@@ -26,6 +26,11 @@ class Target:
     memory_gib: int | None
     refusal: str = ""
 
+    @property
+    def sm_number(self) -> int:
+        """The compute capability as a number to compare, such as 86; 0 for a CPU."""
+        return int((self.sm or "0").replace(".", ""))
+
 
 _VOLTA = "sm 7.0 is no longer supported by CUDA 13, TensorRT 11 or TensorRT-RTX"
 

@@ -57,8 +57,7 @@ def prepare(bundle: Path, directory: Path, cache: Path, report: Report = lambda 
     if manifest.backend.name != cuda.NAME:
         raise UsageError(f"{bundle} is a {manifest.backend.name} plan, which has nothing to tune", fix="build one with --backend cuda")
     target = find_target(manifest.target.gpu)
-    assert target.sm is not None
-    sm = int(target.sm.replace(".", ""))
+    sm = target.sm_number
     job = PlanJob(
         graphs={stage: bundle / name for stage, name in manifest.graphs.items()},
         target=target,

@@ -111,8 +111,7 @@ def _tuning(target: Target, file: Path | None) -> Tuning:
     """A tuning file's, or what the project knows of the GPU. Raises BadInput: the file cannot be read, or is for another GPU."""
     from smc.compiler.tuning import Tuning, read_tuning, shipped_tuning
 
-    assert target.sm is not None
-    sm = int(target.sm.replace(".", ""))
+    sm = target.sm_number
     if file is None:
         return shipped_tuning(target.name, sm)
     found = read_tuning(file)

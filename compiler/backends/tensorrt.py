@@ -84,7 +84,7 @@ class _TensorRtBackend(ABC):
         """Keep what the build measured for later ones. `notes` takes why that failed."""
 
     def precisions(self, target: Target) -> Sequence[Precision]:
-        return ("hybrid", "fp16", "bf16", "fp32") if _sm(target) >= _BFLOAT16_SM else ("hybrid", "fp16", "fp32")
+        return ("hybrid", "fp16", "bf16", "fp32") if target.sm_number >= _BFLOAT16_SM else ("hybrid", "fp16", "fp32")
 
     def version(self) -> str:
         return str(self._library.load().__version__)
@@ -314,7 +314,7 @@ def _write_plugin_graph(stage: str, job: PlanJob, directory: Path) -> Path:
         ImportError: Triton, which compiles its kernel, is not installed.
         ValueError: TensorRT does not take it, such as after builds for another GPU in this process.
     """
-    sm = _sm(job.target)
+    sm = job.target.sm_number
     if sm < _PLUGIN_SM:
         raise BackendFailed(f"the FlashAttention plugin is for sm 8.0 and newer, and {job.target.title} is of sm {job.target.sm}")
     from smc.compiler.graph_files import import_graph, read_onnx, write_graph
@@ -335,11 +335,6 @@ def _write_plugin_graph(stage: str, job: PlanJob, directory: Path) -> Path:
 
 full = _TensorRt(TENSORRT)
 rtx = _TensorRtRtx(TENSORRT_RTX)
-
-
-def _sm(target: Target) -> int:
-    """The compute capability as a number to compare, such as 86; 0 for a CPU."""
-    return int((target.sm or "0").replace(".", ""))
 
 
 def _find_device(target: Target) -> Device | None:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from smc.compiler.lowering.context import CannotLower, Context, constant, dtype_name, stride, unit
+from smc.compiler.lowering.context import CannotLower, Context, aligned, constant, dtype_name, stride, unit
 from smc.compiler.lowering.rotation import Rotations, rotation_before, rotation_uses, tables
 from smc.compiler.lowering.views import Buffer, CannotView, View, contiguous
 from smc.passes.base import label
 from smc.passes.tensors import has_input
 from smc.plugins.flash_attention.launches import Attention, Heads
 from smc.plugins.flash_attention.specification import HEAD_SIZES
-
-_ALIGNMENT = 16  # bytes that a head's rows start at
 
 
 @dataclass(frozen=True)
@@ -120,10 +118,8 @@ def _turned(view: View) -> tuple[View, int]:
 def _heads(view: View, shift: int) -> _Operand:
     batch, head, row, channel = view.dims
     unit(channel)
-    itemsize = 4 if view.dtype == "float32" else 2
-    steps = (stride(batch), stride(row), stride(head), view.offset)
-    if any(step * itemsize % _ALIGNMENT for step in steps):
-        raise CannotView
+    steps = (stride(batch), stride(row), stride(head))
+    aligned(view, *steps)
     return _Operand(view.buffer, Heads(batch=steps[0], row=steps[1], head=steps[2], offset=view.offset), shift)
 
 

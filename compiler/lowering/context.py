@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from smc.compiler.lowering.views import Buffer, CannotView, Dim, View, contiguous, refine
+from smc.exported.engines.cuda_program import ITEMSIZES
 from smc.passes.base import label
 from smc.passes.tensors import constant_value, is_output
 from smc.plugins.elementwise.specification import Elementwise
@@ -20,6 +21,8 @@ from smc.plugins.elementwise.specification import View as Strided
 
 MAX_LOOPS = 6
 """Axes that an elementwise kernel goes along."""
+
+_ALIGNMENT = 16  # bytes
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -157,6 +160,13 @@ def stride(dim: Dim) -> int:
     if len(dim) > 1:
         raise CannotView
     return dim[0][1] if dim else 0
+
+
+def aligned(view: View, *strides: int) -> None:
+    """Raise CannotView unless a view, and what lies these strides on, starts at multiples of the 16 bytes that kernels read at a time."""
+    itemsize = ITEMSIZES[view.dtype]
+    if any(elements * itemsize % _ALIGNMENT for elements in (view.offset, *strides)):
+        raise CannotView
 
 
 def unit(dim: Dim) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from smc.compiler.lowering.context import Context, constant, dtype_name
+from smc.compiler.lowering.context import Context, aligned, constant, dtype_name
 from smc.compiler.lowering.movement import MOVES
 from smc.compiler.lowering.views import Buffer, CannotView, Factor, View, strides_along
 from smc.passes.tensors import constant_value
@@ -17,8 +17,6 @@ from smc.plugins.gemm.specification import ITEMSIZES
 
 Steps = Sequence[str]
 """What a kernel does after its product, in its order: "bias", "activation", "residual"."""
-
-_ALIGNMENT = 16  # bytes that operands start at
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class _Follower:
         strides = strides_along(self._axes, out, view)
         if view.dtype not in ITEMSIZES:
             raise CannotView
-        misplaced = any(number * ITEMSIZES[view.dtype] % _ALIGNMENT for number in (view.offset, *strides[:-1]))
-        if strides[-1] != 1 or misplaced:
+        aligned(view, *strides[:-1])
+        if strides[-1] != 1:
             raise CannotView
         return Residual(view, tuple(strides))

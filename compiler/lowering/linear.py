@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from smc.compiler.lowering.context import CannotLower, Context, constant, stride, unit
+from smc.compiler.lowering.context import CannotLower, Context, aligned, constant, stride, unit
 from smc.compiler.lowering.epilogue import Epilogue, absorb
 from smc.compiler.lowering.maps import channels_last_copy, map_output
 from smc.compiler.lowering.rotation import Rotations, interleaved
@@ -19,7 +19,7 @@ from smc.compiler.lowering.views import Buffer, CannotView, Factor, View, contig
 from smc.compiler.lowering.weights import own_weights, with_own_bias
 from smc.passes.base import label
 from smc.passes.tensors import constant_value
-from smc.plugins.gemm.specification import ITEMSIZES, Gemm, Scatter
+from smc.plugins.gemm.specification import Gemm, Scatter
 
 STEPS = ("bias", "activation", "residual")
 ACTIVATIONS = ("Gelu", "Relu")
@@ -43,8 +43,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         """Raises CannotView where rows start at no multiple of 16 bytes, which a kernel reads at a time."""
-        if any(step * ITEMSIZES[self.view.dtype] % 16 for step in (self.view.offset, self.group, self.row)):
-            raise CannotView
+        aligned(self.view, self.group, self.row)
 
 
 def lower_matmul(context: Context, node: gs.Node, rotations: Rotations) -> None:

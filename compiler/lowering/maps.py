@@ -19,8 +19,6 @@ from smc.plugins.conv.specification import Conv, Map
 from smc.plugins.conv.specification import contiguous as whole_map
 from smc.plugins.upsample.specification import Upsample
 
-_ALIGNMENT = 16  # bytes that the strides of a map are multiples of
-
 
 @dataclass(frozen=True)
 class MapOperand:

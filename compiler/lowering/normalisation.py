@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from smc.compiler.launch_program import itemsize
-from smc.compiler.lowering.context import CannotLower, Context, dtype_name, stride, unit
-from smc.compiler.lowering.views import CannotView, View
+from smc.compiler.lowering.context import CannotLower, Context, aligned, dtype_name, stride, unit
+from smc.compiler.lowering.views import View
 from smc.passes.base import label
 from smc.passes.tensors import constant_value, has_input
 from smc.plugins.layer_norm.specification import LayerNorm
-
-_ALIGNMENT = 16  # bytes that an operand starts at
 
 
 def lower_layer_norm(context: Context, node: gs.Node) -> None:
@@ -25,8 +22,7 @@ def lower_layer_norm(context: Context, node: gs.Node) -> None:
 
     def use(view: View) -> tuple[int, View]:
         unit(view.dims[-1])
-        if view.offset * itemsize(view.dtype) % _ALIGNMENT:
-            raise CannotView
+        aligned(view)
         return stride(view.flat(0, -1)), view
 
     row, view = context.or_copy(context.view(data), node, use)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from smc.plugins.conv import launches, reference
 from smc.plugins.conv.launches import HopperTile, Tile
 from smc.plugins.conv.specification import Conv, Dtype, Map, contiguous
 from smc.plugins.launch import Launch
-from tests.plugins.launching import interpret, run_on_gpu
+from tests.plugins.launching import interpret, run_on_gpu, without_overlap
 
 Array = NDArray[Any]
 Errors = dict[str, tuple[float, float]]
@@ -194,12 +194,6 @@ def run(made: list[Launch], operands: dict[str, Array], on_gpu: bool) -> dict[st
         else:
             interpret(without_overlap(launch), operands)
     return operands
-
-
-def without_overlap(launch: Launch) -> Launch:
-    """The launch without programmatic dependent launch, which the interpreter does not know."""
-    constants = tuple((name, False if name == "OVERLAPS" else value) for name, value in launch.kernel.constants)
-    return replace(launch, kernel=replace(launch.kernel, constants=constants, overlaps=False))
 
 
 def exact_conv(x: Array, weight: Array, stride: int, padding: int, on_gpu: bool) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ def interpret(launch: Launch, operands: Arrays) -> None:
 
     arguments = {argument: value(given) for (argument, _), given in zip(launch.kernel.types, launch.values, strict=True)}
     function[launch.grid](**arguments, **dict(launch.kernel.constants))
+
+
+def without_overlap(launch: Launch) -> Launch:
+    """The launch without programmatic dependent launch, which the interpreter does not know."""
+    constants = tuple((name, False if name == "OVERLAPS" else value) for name, value in launch.kernel.constants)
+    return replace(launch, kernel=replace(launch.kernel, constants=constants, overlaps=False))
 
 
 def run_on_gpu(launch: Launch, operands: Arrays) -> dict[str, NDArray[Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,10 @@ from smc.exported.engines.cuda_matching import CudaMatcher
 from smc.exported.engines.cuda_program import Program, Region
 from smc.exported.errors import BadInput
 from smc.exported.matching import fast_reciprocal_nn, match_confidence, reciprocal_nn_both_ways
-from smc.plugins.launch import Launch
 from smc.plugins.matching.launches import Tile, matching_launches, operands
 from smc.plugins.matching.specification import Matching
 from tests.conformance import load_case
-from tests.plugins.launching import interpret
+from tests.plugins.launching import interpret, without_overlap
 
 Map = NDArray[np.float32]
 Maps = tuple[Map, Map, Map, Map]
@@ -112,7 +111,7 @@ class OnTheCpu:
     """In place of a GPU: an arena of numpy memory, and a "graph" that interprets the launches."""
 
     def __init__(self, op: Matching, tile: Tile = TILE, sm: int = 90) -> None:
-        self._launches = [_without_overlap(launch) for launch in matching_launches(op, tile, sm)]
+        self._launches = [without_overlap(launch) for launch in matching_launches(op, tile, sm)]
         regions, end = {}, 0
         self._places = {}
         for name, operand in operands(op, tile).items():
@@ -179,12 +178,6 @@ def difference(found: tuple[NDArray[Any], ...], wanted: tuple[NDArray[Any], ...]
         for name, one, other in zip(names, found, wanted, strict=True)
         if one.dtype != other.dtype or not np.array_equal(one, other)
     )
-
-
-def _without_overlap(launch: Launch) -> Launch:
-    """The interpreter knows nothing of launches that overlap."""
-    constants = tuple((name, False if name == "OVERLAPS" else value) for name, value in launch.kernel.constants)
-    return replace(launch, kernel=replace(launch.kernel, constants=constants))
 
 
 def interpreted() -> dict[str, str]:

@@ -15,7 +15,8 @@ import pytest
 from smc.plugins.gemm.launches import Tile, default_tile, launches, tiles
 from smc.plugins.gemm.specification import Gemm, Rotary, Scatter
 from tests.plugins.gemm_cases import HOPPER, SMALL, errors, plain
-from tests.plugins.launching import run_on_gpu, sm_number
+from tests.plugins.launching import run_on_gpu
+from tests.plugins.small_cases import gpu_sm
 
 pytest.importorskip("triton")
 
@@ -126,7 +127,7 @@ def _real() -> dict[str, Gemm]:
 @pytest.mark.parametrize("name", _real())
 def test_real_sizes_on_the_gpu(name: str) -> None:
     op = _real()[name]
-    ours, plainly = errors(op, default_tile(op, _sm()), _sm(), run_on_gpu, seed=1)
+    ours, plainly = errors(op, default_tile(op, gpu_sm()), gpu_sm(), run_on_gpu, seed=1)
     assert ours <= 2 * plainly
 
 
@@ -134,15 +135,15 @@ def test_real_sizes_on_the_gpu(name: str) -> None:
 @pytest.mark.parametrize("index", range(8))
 def test_tiles_on_the_gpu(index: int) -> None:
     op = _real()["qkv"]
-    candidates = [tile for tile in tiles(op, _sm()) if not tile.consumers]
-    ours, plainly = errors(op, candidates[index * len(candidates) // 8], _sm(), run_on_gpu, seed=2)
+    candidates = [tile for tile in tiles(op, gpu_sm()) if not tile.consumers]
+    ours, plainly = errors(op, candidates[index * len(candidates) // 8], gpu_sm(), run_on_gpu, seed=2)
     assert ours <= 2 * plainly
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", HOPPER)
 def test_the_hopper_kernel(name: str) -> None:
-    if _sm() != 90:
+    if gpu_sm() != 90:
         pytest.skip("for sm 9.0 alone")
     _needs_gluon()
     for seed in range(2):
@@ -154,16 +155,10 @@ def test_the_hopper_kernel(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_small_cases_on_the_gpu(name: str) -> None:
     op, tile = SMALL[name]
-    ours, plainly = errors(op, replace(tile, block_m=64, block_n=64), _sm(), run_on_gpu)
+    ours, plainly = errors(op, replace(tile, block_m=64, block_n=64), gpu_sm(), run_on_gpu)
     assert ours <= 2 * plainly
 
 
 def _needs_gluon() -> None:
     if not hasattr(pytest.importorskip("triton.experimental.gluon"), "aggregate"):
         pytest.skip("this Triton's Gluon is too old")
-
-
-def _sm() -> int:
-    from smc.exported.engines import cuda_memory
-
-    return sm_number(cuda_memory.devices()[0].sm)
