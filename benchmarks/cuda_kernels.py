@@ -1,4 +1,4 @@
-"""Where the time of a cuda plan goes: every kernel of a stage by itself, and all of them as one graph.
+"""Where the time of a cuda plan goes: every kernel of a stage by itself, their sums by the parts of the stage, and all as one graph.
 
     python benchmarks/cuda_kernels.py BUNDLE [--batch N] [--out FILE.md]
 
@@ -53,21 +53,24 @@ def main() -> None:
         whole = microseconds(program, 1)
         found: dict[tuple[object, ...], list[Step]] = defaultdict(list)
         for step in program.steps:
-            found[step.kernel, step.grid, _sizes(step)].append(step)
+            found[step.kernel, step.grid, _sizes(step), step.part].append(step)
         times = {kind: microseconds(_alone(program, steps[0]), REPEATS) for kind, steps in found.items()}
-        total = sum(times[kind] * len(steps) for kind, steps in found.items())
+        sums: dict[str, float] = defaultdict(float)
+        for kind, steps in found.items():
+            sums[steps[0].part] += times[kind] * len(steps)
+        shares = ", ".join(f"{part} {together:.0f}" for part, together in sums.items() if part)
         lines += [
-            f"## {program.stage}: {whole:.0f} us as one graph, {total:.0f} us as the sum of {len(program.steps)} kernels",
+            f"## {program.stage}: {whole:.0f} us as one graph, {sum(sums.values()):.0f} us as the sum of {len(program.steps)} kernels"
+            + (f" ({shares})" if shares else ""),
             "",
-            "| kernel | first of them | launches | us each | us together |",
-            "|---|---|---|---|---|",
+            "| kernel | part | first of them | launches | us each | us together |",
+            "|---|---|---|---|---|---|",
         ]
         for kind, steps in sorted(found.items(), key=lambda item: -times[item[0]] * len(item[1])):
             operation, _, node = steps[0].label.partition(" ")
             each = times[kind]
-            lines.append(
-                f"| {operation} {'x'.join(map(str, steps[0].grid))} | {node} | {len(steps)} | {each:.2f} | {each * len(steps):.0f} |"
-            )
+            name = f"{operation} {'x'.join(map(str, steps[0].grid))}"
+            lines.append(f"| {name} | {steps[0].part} | {node} | {len(steps)} | {each:.2f} | {each * len(steps):.0f} |")
         lines.append("")
     text = "\n".join(lines)
     print(text)

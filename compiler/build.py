@@ -227,7 +227,7 @@ class _Build:
     ) -> list[StageReport]:
         """Run the passes on both stages and write the typed graphs, with the report of what was done."""
         from smc.compiler.optimize import StageGraph
-        from smc.compiler.pipeline import PIPELINES, PipelineTask
+        from smc.compiler.pipeline import FLOAT32_STREAMS, PIPELINES, PipelineTask
         from smc.passes.hybrid_cast import UnmatchedPattern, check_patterns
 
         request = self.request
@@ -236,7 +236,8 @@ class _Build:
         feeds = {"encoder": [[pairs[0].view1], [pairs[0].view2]], "decoder": [features]}
         graphs = {}
         for stage, start in zip(STAGES, (0.4, 0.45), strict=True):
-            task = PipelineTask(stage, self.shapes, request.max_batch, self.precision, request.include, request.exclude)
+            streams = (self.backend.NAME, stage) in FLOAT32_STREAMS
+            task = PipelineTask(stage, self.shapes, request.max_batch, self.precision, request.include, request.exclude, streams)
             graphs[stage] = StageGraph(exported[stage], task, dumper, self.clock.within("optimize", start, start + 0.05))
             graphs[stage].run(PIPELINES[self.backend.NAME])
         try:

@@ -45,6 +45,7 @@ def plan_precision(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    streams: bool = False,
     seconds: float = SECONDS,
 ) -> HybridCast:
     """The pass that gives `graph` its precision, calibrated if that is "hybrid"; the others do not depend on values.
@@ -56,6 +57,7 @@ def plan_precision(
         report: told what is being done.
         include, exclude: patterns of node names, as for the pass. Those that match nothing in this graph are left out: they may mean
             the other one. Call `check_patterns` with both graphs before.
+        streams: whether residual streams stay in float32, as for the pass.
         seconds: time for the search for nodes to blame.
 
     Raises:
@@ -63,13 +65,17 @@ def plan_precision(
     """
     include, exclude = ([pattern for pattern in patterns if matching(pattern, graph)] for patterns in (include, exclude))
     if precision != "hybrid":
-        return HybridCast(precision, include=include, exclude=exclude)
+        return HybridCast(precision, include=include, exclude=exclude, streams=streams)
     report("recording the ranges of tensors")
     ranges, outputs = _record(graph, feeds)
     report("measuring what low precision does to the outputs")
-    # Nodes that the user forces into low precision are not to be blamed on others: the search goes without them.
-    keep = find_dominant(graph, lambda keep: HybridCast(precision, ranges, keep, exclude=exclude), feeds[0], outputs[0], seconds=seconds)
-    return HybridCast(precision, ranges, keep, include, exclude)
+
+    def cast(keep: Mapping[str, str]) -> HybridCast:
+        # Nodes that the user forces into low precision are not to be blamed on others: the search goes without them.
+        return HybridCast(precision, ranges, keep, exclude=exclude, streams=streams)
+
+    keep = find_dominant(graph, cast, feeds[0], outputs[0], seconds=seconds)
+    return HybridCast(precision, ranges, keep, include, exclude, streams)
 
 
 def calibrate(graph: gs.Graph, feeds: Sequence[Feeds]) -> dict[str, TensorRange]:

@@ -65,7 +65,9 @@ class KernelTable:
             self.code += built.cubin
         return self._numbers[kernel]
 
-    def step(self, launch: Launch, places: Mapping[str, Place], label: str = "", lane: int = 0, waits: tuple[int, ...] = ()) -> Step:
+    def step(
+        self, launch: Launch, places: Mapping[str, Place], label: str = "", lane: int = 0, waits: tuple[int, ...] = (), part: str = ""
+    ) -> Step:
         """A launch with its operands in their places; the rest is the step's. `launch.kernel` is compiled if it was not."""
         built = self.compiled(launch.kernel)
         descriptors = iter(built.descriptors)
@@ -76,9 +78,9 @@ class KernelTable:
                     arguments.append(Pointer(*_place(value, places)))
                 case Descriptor():
                     tile = next(descriptors)
-                    itemsize = np.dtype(value.dtype).itemsize if value.dtype != "bfloat16" else 2
+                    size = itemsize(value.dtype)
                     space, offset = _place(value, places)
-                    arguments.append(TensorMap(space, offset, tile.element, tile.swizzle, tile.box, itemsize, value.shape, value.strides))
+                    arguments.append(TensorMap(space, offset, tile.element, tile.swizzle, tile.box, size, value.shape, value.strides))
                 case int():
                     if not -(1 << 31) <= value < 1 << 31:
                         raise ValueError(
@@ -87,7 +89,7 @@ class KernelTable:
                     arguments.append(Int32(value))
                 case float():
                     arguments.append(Float32(value))
-        return Step(self.number(launch.kernel), launch.grid, tuple(arguments), launch.kernel.overlaps, label, lane, waits)
+        return Step(self.number(launch.kernel), launch.grid, tuple(arguments), launch.kernel.overlaps, label, lane, waits, part)
 
 
 def assemble(

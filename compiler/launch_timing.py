@@ -2,6 +2,7 @@
 
 Each candidate runs many times in one captured graph, which is replayed and timed by events. What an operation would find in cache in
 a plan (activations) stays in place; what it would not (weights) is another copy every time, so that it comes from memory.
+Operands hold noise, each its own, but for those whose values say what there is to do.
 """
 
 from __future__ import annotations
@@ -35,11 +36,19 @@ _DTYPES = ("float16", "bfloat16", "float32", "uint8", "int32", "int64")
 
 @dataclass(frozen=True)
 class Operand:
-    """An operand of a candidate: element type as numpy names it, shape, and whether it comes from memory, not from cache."""
+    """An operand of a candidate.
+
+    Attributes:
+        dtype: element type, as numpy names it.
+        shape: its sizes.
+        cold: whether it comes from memory, not from cache.
+        values: for integers that say what there is to do, such as counts and indices: all of them, row by row. Else None.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     cold: bool = False
+    values: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class _Entry(msgspec.Struct):
     operation: str
     name: str
     program: int
+    values: dict[str, tuple[int, ...]]
 
 
 class _Job(msgspec.Struct):
@@ -85,7 +95,8 @@ def write_job(candidates: Iterable[Candidate], sm: int, directory: Path, cache: 
         except ValueError as why:
             declined[f"{candidate.operation} {candidate.name}"] = str(why)
             continue
-        entries.append(_Entry(candidate.operation, candidate.name, len(programs)))
+        values = {f"{name}.0": operand.values for name, operand in candidate.operands.items() if operand.values is not None}
+        entries.append(_Entry(candidate.operation, candidate.name, len(programs), values))
         programs.append(program)
     (directory / PLAN).write_bytes(encode_plan(Plan(tuple(table.codes), tuple(programs), 0)))
     (directory / KERNELS).write_bytes(table.code)
@@ -150,8 +161,13 @@ def time_job(directory: Path, device: int = 0, report: Report = lambda descripti
         report(f"timing {entry.operation.partition(' ')[0]}, {done} of {len(job.entries)}", done / len(job.entries))
         program = plan.programs[entry.program]
         try:
-            for region in program.inputs.values():
-                _fill(stream, arena.address + region.offset, region, noise[region.dtype])
+            for number, (name, region) in enumerate(program.inputs.items()):
+                if name in entry.values:
+                    given = np.array(entry.values[name], region.dtype)
+                    stream.copy(arena.address + region.offset, given.ctypes.data, given.nbytes)
+                    stream.synchronize()
+                else:
+                    _fill(stream, arena.address + region.offset, region, noise[region.dtype], number)
             graph = cuda_launch.capture(program, kernels, {"arena": arena.address, "weights": 0}, stream)
             times = [1e6 * cuda.elapsed(stream, lambda g=graph: g.launch(stream)) / REPEATS for _ in range(replays + 2)][2:]  # type: ignore[misc]
             timings.append(Timing(entry.operation, entry.name, statistics.median(times), min(times)))
@@ -182,9 +198,11 @@ def _noise(random: np.random.Generator, dtype: str) -> np.ndarray[Any, Any]:
     return np.zeros(count, dtype) if dtype.startswith("int") else random.integers(0, 256, count).astype(dtype)
 
 
-def _fill(stream: Any, address: int, region: Region, noise: np.ndarray[Any, Any]) -> None:
+def _fill(stream: Any, address: int, region: Region, noise: np.ndarray[Any, Any], number: int) -> None:
+    """Fill a region with noise, over and over; regions of different numbers with different noise."""
     left = math.prod(region.shape) * itemsize(region.dtype)
+    first = number * 65_537 * noise.itemsize % noise.nbytes
     while left > 0:
-        piece = min(left, noise.nbytes)
-        stream.copy(address, noise.ctypes.data, piece)
-        address, left = address + piece, left - piece
+        piece = min(left, noise.nbytes - first)
+        stream.copy(address, noise.ctypes.data + first, piece)
+        address, left, first = address + piece, left - piece, 0

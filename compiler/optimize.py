@@ -68,6 +68,7 @@ class StageGraph:
             lambda what: self._report(f"{what} of the {task.stage}", 0.4),
             include=task.include,
             exclude=task.exclude,
+            streams=task.streams,
         )
         self._apply(plan)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from smc.compiler.backends.plan_job import PlanJob
 from smc.compiler.kernel_cache import KernelCache
 from smc.compiler.launch_timing import Candidate, Operand, best, time_job, write_job
 from smc.compiler.lowering.context import Call
-from smc.compiler.lowering.lower import lower
+from smc.compiler.lowering.lower import Lowered, lower
 from smc.compiler.operations import launches, tiles, workspace
 from smc.compiler.output_files import replacing
 from smc.compiler.targets import find_target
 from smc.compiler.tuning import Tuned, TuningFile, describe, tile_fields
 from smc.exported.bundle import open_bundle
 from smc.exported.errors import BackendFailed, BadInput, UsageError
+from smc.exported.matching import starting_points
 from smc.plugins.compile import compiler_version
+from smc.plugins.matching import launches as matching
+from smc.plugins.matching.specification import GRID_STEP, Matching
 
 Report = Callable[[str, float], None]
 
@@ -66,16 +69,20 @@ def prepare(bundle: Path, directory: Path, cache: Path, report: Report = lambda 
         output=directory,
         cache=cache,
     )
-    calls: dict[str, Call] = {}
+    operations: dict[str, tuple[Any, dict[str, Operand]]] = {}
     # The smallest and the largest batch; those between are similar to one of them.
     extremes = {1, job.max_batch}
     kinds = [kind for kind in cuda.program_kinds(job) if kind[2] in (extremes if kind[0] == "decoder" else {2 * n for n in extremes})]
     for done, kind in enumerate(kinds):
         report(f"operations of the {kind[0]}", 0.2 * done / len(kinds))
-        for call in lower(cuda.fixed_graph(job, *kind)).calls:
-            calls.setdefault(describe(call.operation), call)
-    report(f"compiling the candidates of {len(calls)} operations", 0.2)
-    candidates = [candidate for call in calls.values() for candidate in _candidates(call, sm)]
+        lowered = lower(cuda.fixed_graph(job, *kind))
+        for call in lowered.calls:
+            operations.setdefault(describe(call.operation), (call.operation, _operands(call)))
+        if kind[0] == "decoder":
+            operation = _matching(lowered)
+            operations.setdefault(describe(operation), (operation, _matching_operands(operation)))
+    report(f"compiling the candidates of {len(operations)} operations", 0.2)
+    candidates = [candidate for operation, operands in operations.values() for candidate in _candidates(operation, operands, sm)]
     declined = write_job(candidates, sm, directory, KernelCache(cache / "kernels"))
     (directory / _ABOUT).write_bytes(msgspec.json.encode(_About(target.name, sm, compiler_version())))
     return len(candidates) - len(declined)
@@ -119,16 +126,38 @@ def write(file: TuningFile, path: Path) -> None:
         out.write_bytes(msgspec.json.format(msgspec.json.encode(file)) + b"\n")
 
 
-def _candidates(call: Call, sm: int) -> Iterable[Candidate]:
-    """The ways to do a call, on memory of the sizes that it has in its program."""
-    operands = {name: Operand(buffer.dtype, (buffer.size,), cold=buffer.values is not None) for name, buffer in call.operands.items()}
-    for tile in dict.fromkeys(tiles(call.operation, sm)):
-        extra = {name: Operand(dtype, shape) for name, (dtype, shape) in workspace(call.operation, tile).items()}
+def _operands(call: Call) -> dict[str, Operand]:
+    """Memory of the sizes that a call has in its program."""
+    return {name: Operand(buffer.dtype, (buffer.size,), cold=buffer.values is not None) for name, buffer in call.operands.items()}
+
+
+def _matching(lowered: Lowered) -> Matching:
+    """The matching of one pair of a decoder's descriptors."""
+    (_, *shape1, size), (_, *shape2, _) = (lowered.outputs[name].shape for name in ("desc1", "desc2"))
+    return Matching((shape1[0], shape1[1]), (shape2[0], shape2[1]), size)
+
+
+def _matching_operands(operation: Matching) -> dict[str, Operand]:
+    """A new list of matches from the first image's usual grid. The maps are noise: few walks close soon, so that every kernel has work."""
+    operands = {name: Operand(dtype, shape) for name, (dtype, shape) in matching.operand_shapes(operation).items()}
+    (_, capacity), (options,) = (operands[name].shape for name in ("starts", "options"))
+    grid = starting_points(*operation.shape1, GRID_STEP, None)[:capacity].tolist()
+    starts = (*grid, *[0] * (2 * capacity - len(grid)))
+    return operands | {
+        "starts": Operand("int32", (2, capacity), values=starts),
+        "options": Operand("int32", (options,), values=(len(grid), 0, 1, *[0] * (options - 3))),
+    }
+
+
+def _candidates(operation: Any, operands: Mapping[str, Operand], sm: int) -> Iterable[Candidate]:
+    """The ways to do an operation on its operands."""
+    for tile in dict.fromkeys(tiles(operation, sm)):
+        extra = {name: Operand(dtype, shape) for name, (dtype, shape) in workspace(operation, tile).items()}
         try:
-            launched = launches(call.operation, tile, sm)
+            launched = launches(operation, tile, sm)
         except ValueError:
             continue  # a tile that does not go with this operation
-        yield Candidate(describe(call.operation), _name(tile), launched, operands | extra)
+        yield Candidate(describe(operation), _name(tile), launched, {**operands, **extra})
 
 
 def _name(tile: Any) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,18 @@ class Tuning:
         key = describe(operation)
         if self._file is None:
             return default_tile(operation, self.sm)
-        found = self._file.tiles.get(key) or self._similar(key)
+        found = self._file.tiles.get(key) or self._similar(key) or self._similar(key, _without_types)
         return default_tile(operation, self.sm) if found is None else _made(type(operation).__name__, found)
 
-    def _similar(self, key: str) -> Tuned | None:
-        """The timed operation that differs in nothing but sizes of the image or the batch, the nearest in amount of work."""
+    def _similar(self, key: str, reduced: Callable[[str], str] = str) -> Tuned | None:
+        """The timed operation that differs in nothing but sizes of the image or the batch, the nearest in amount of work.
+
+        `reduced`: what is left of a kind when it is compared.
+        """
         kind, sizes = _split(key)
         nearest, best = None, math.log(_SIMILAR)
-        for timed, theirs in self._split_keys.get(kind, []):
+        alike = [timed for other, group in self._split_keys.items() if reduced(other) == reduced(kind) for timed in group]
+        for timed, theirs in alike:
             distance = abs(math.log(math.prod(sizes) / math.prod(theirs)))
             if distance <= best:
                 nearest, best = self._file.tiles[timed] if self._file else None, distance
@@ -123,13 +128,23 @@ class Tuning:
         return found
 
 
-_SIZES = re.compile(r"\b(?:m|rows|batch|height|width|h|w|out_height|out_width|tokens|shape|kv_shift)=(\d+|\([\d, ]*\))|\bn=(\d+)(?= m=)")
+_SIZES = re.compile(
+    r"\b(?:m|rows|batch|height|width|h|w|out_height|out_width|tokens|shape[12]?|kv_shift)=(\d+|\([\d, ]*\))|\bn=(\d+)(?= m=)"
+)
 
 
 def _split(key: str) -> tuple[str, tuple[int, ...]]:
     """An operation without the sizes that an image or batch gives it, and the product of these sizes."""
     sizes = [int(number) for match in _SIZES.finditer(key) for number in re.findall(r"\d+", match[0].partition("=")[2])]
     return _SIZES.sub("", key), tuple(sizes) or (1,)
+
+
+_EPILOGUE_TYPE = re.compile(r"(?<= bias)=\w+|(?<= residual)=\w+| out_dtype=\w+")
+
+
+def _without_types(kind: str) -> str:
+    """An operation without the types of what it reads and writes once: how the work is cut hangs on the operands of its products."""
+    return _EPILOGUE_TYPE.sub("", kind)
 
 
 def tile_fields(tile: Any) -> dict[str, Any]:

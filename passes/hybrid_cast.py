@@ -133,8 +133,11 @@ class HybridCast(Pass):
        between read the normalised stream, and stay low. A product that overflows moves to float32 rather than bfloat16, whose
        eight bits would cost the accuracy that the island is to save. bfloat16 has float32's range and needs no such islands.
     5. Products whose weights do not fit float16.
-    6. A normalisation whose input is float32: the one Cast is behind it instead of before it.
+    6. A normalisation whose input is float32: the one Cast is behind it instead of before it. One whose result the graph only gives
+       out, as the encoder its features: the one Cast is before it instead of behind it, and the features are not rounded.
     7. Transposed convolutions, where the low type is bfloat16.
+    8. If `streams` says so, residual streams: sums of two computed tensors of which a normalisation reads the result. Each of them
+       would be rounded, and the roundings add up over the layers. The norms are then islands by rule 6.
 
     Other normalisations take low operands and compute their statistics in float32, which is the default of their stash_type. Attention
     takes low operands too: its softmax is in float32 in every fused kernel, and TensorRT refuses softmax_precision, which would say
@@ -150,6 +153,7 @@ class HybridCast(Pass):
         keep: Mapping[str, str] | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        streams: bool = False,
     ) -> None:
         """
         Args:
@@ -159,12 +163,14 @@ class HybridCast(Pass):
             keep: node name -> why it stays in float32.
             include: fnmatch patterns of nodes that compute in low precision whatever the rules say.
             exclude: fnmatch patterns of nodes that stay in float32; these win.
+            streams: keep residual streams in float32, as rule 8 says; "fp16" does not.
         """
         self.precision = precision
         self.ranges = ranges or {}
         self.keep = keep or {}
         self.include = include
         self.exclude = exclude
+        self.streams = streams
 
     def __call__(self, graph: gs.Graph) -> HybridCastReport:
         """Apply to `graph`, in place. Raises UnmatchedPattern, and GraphRefused where a tensor's type is unknown."""
@@ -217,6 +223,16 @@ def _constant(tensor: gs.Tensor) -> Array:
     value = constant_value(tensor)
     assert value is not None
     return value
+
+
+def _readers_behind_moves(tensor: gs.Tensor) -> Iterator[gs.Node]:
+    """The nodes that read a tensor as it is, or moved."""
+    for reader in tensor.outputs:
+        if reader.op in DATA_MOVEMENT:
+            for moved in reader.outputs:
+                yield from _readers_behind_moves(moved)
+        else:
+            yield reader
 
 
 def _has_other_floats(node: gs.Node) -> bool:
@@ -356,7 +372,15 @@ class _Plan:
             return None
         if label(node) in self._options.keep:
             return self._options.keep[label(node)]
+        if self._options.streams and self._is_stream(node):
+            return "sums up a residual stream"
         return (None if moves else self._why_sensitive(node)) or self._why_unfit(node, moves)
+
+    def _is_stream(self, node: gs.Node) -> bool:
+        """Whether a node adds two computed tensors of one shape, and a normalisation reads the sum."""
+        if node.op != "Add" or any(map(_is_constant, node.inputs)) or node.inputs[0].shape != node.inputs[1].shape:
+            return False
+        return any(reader.op in _NORMALISATIONS for reader in _readers_behind_moves(node.outputs[0]))
 
     def _sensitive_origin(self, node: gs.Node) -> str | None:
         """The sensitive node that a node is, or is elementwise behind."""
@@ -377,7 +401,15 @@ class _Plan:
                 return "hands out its statistics, which are float32"
             if id(node.inputs[0]) in self._wide:
                 return f"its input {node.inputs[0].name} is float32"
+            if self._is_only_given_out(node.outputs[0]):
+                return f"the graph gives out its result {node.outputs[0].name}, in float32"
         return None
+
+    def _is_only_given_out(self, tensor: gs.Tensor) -> bool:
+        """Whether all that is made of a tensor is outputs of the graph, moved perhaps."""
+        if not tensor.outputs:
+            return is_output(self._graph, tensor)
+        return all(reader.op in DATA_MOVEMENT and all(map(self._is_only_given_out, reader.outputs)) for reader in tensor.outputs)
 
     def _why_unfit(self, node: gs.Node, moves: bool) -> str | None:
         for verb, tensors in (("makes", node.outputs), ("reads", [node.inputs[i] for i in float_slots(node)])):

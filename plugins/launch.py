@@ -15,6 +15,9 @@ Constant = int | float | bool | str | None
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8": "u8", "int32": "i32", "int64": "i64"}
 """Names of element types, as numpy has them, in Triton's signatures."""
 
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""Bytes of an element of the types that products and convolutions take."""
+
 
 @dataclass(frozen=True)
 class Address:

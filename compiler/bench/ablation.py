@@ -51,19 +51,18 @@ def _rung(step: Step, contestant: Contestant | None, shape: Shape, why_not: str)
         return Rung(step.technique, step.contestant, {}, {}, None, why_not)
     is_plan = contestant.seconds(shape, 1, records.DECODERS_AND_HEADS, "wall") is not None
     matching = records.BLOCK_MATCHING if is_plan and step.matching == "block" else records.MATCHING
-    network = (records.ENCODER, records.DECODERS, records.HEADS, records.DECODERS_AND_HEADS)
+    # A plan's heads run beside its decoders: they are one stage.
+    decoding = (records.DECODERS_AND_HEADS,) if is_plan else (records.DECODERS, records.HEADS)
     seconds: dict[str, float] = {}
     clocks: dict[str, Clock] = {}
     for clock in ("device", "wall"):
         found = contestant.stages(shape, 1, clock)
-        # A plan's decoders and heads cannot be told apart by the wall clock: then they are one stage.
         if records.ENCODER in found and records.ENCODER not in seconds:
-            for stage in network:
-                if stage in found and not (stage == records.DECODERS_AND_HEADS and records.HEADS in found):
+            for stage in (records.ENCODER, *decoding):
+                if stage in found:
                     seconds[stage], clocks[stage] = found[stage], clock
         if matching in found and records.MATCHING not in seconds:
             seconds[records.MATCHING], clocks[records.MATCHING] = found[matching], clock
-    decoded = records.HEADS in seconds or records.DECODERS_AND_HEADS in seconds
-    whole = records.ENCODER in seconds and decoded and records.MATCHING in seconds
+    whole = all(stage in seconds for stage in (records.ENCODER, *decoding, records.MATCHING))
     failure = contestant.result.failure or ("" if whole else "a stage could not be timed")
     return Rung(step.technique, step.contestant, seconds, clocks, sum(seconds.values()) if whole else None, failure)

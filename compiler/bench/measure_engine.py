@@ -29,7 +29,13 @@ from smc.exported.matching import fast_reciprocal_nn, match_confidence
 MATCHER = "matcher"
 """The section of an engine that matches on the GPU."""
 
-STAGES = {"encoder": records.ENCODER, "decoder": records.DECODERS_AND_HEADS, "decoder/heads": records.HEADS, MATCHER: records.MATCHING}
+STAGES = {
+    "encoder": records.ENCODER,
+    "decoder": records.DECODERS_AND_HEADS,
+    "decoder/decoders": records.DECODERS,
+    "decoder/heads": records.HEADS,
+    MATCHER: records.MATCHING,
+}
 """Section -> stage; other sections keep their names."""
 
 Found = list[tuple[NDArray[np.int64], NDArray[np.int64]]]

@@ -119,17 +119,14 @@ class Contestant(msgspec.Struct):
         return None
 
     def stages(self, shape: Shape, batch: int, clock: Clock) -> dict[str, float]:
-        """Stage -> median, with the decoders alone where they were timed together with the heads and the heads by themselves."""
+        """Stage -> median. Decoders and heads that were not timed as one are their sum."""
         found = {t.stage: t.seconds.median for t in self.result.timings if (t.shape, t.batch, t.clock) == (shape, batch, clock)}
-        together, heads = found.get(DECODERS_AND_HEADS), found.get(HEADS)
-        if together is not None and heads is not None:
-            found[DECODERS] = together - heads
-        elif heads is not None and DECODERS in found:
-            found[DECODERS_AND_HEADS] = found[DECODERS] + heads
+        if DECODERS_AND_HEADS not in found and DECODERS in found and HEADS in found:
+            found[DECODERS_AND_HEADS] = found[DECODERS] + found[HEADS]
         return found
 
     def network(self, shape: Shape, batch: int, clock: Clock) -> float | None:
-        """Encoder, decoders and heads: the sum of their medians."""
+        """Encoder, decoders and heads: the sum of two medians where the last two were timed as one, else of three."""
         stages = self.stages(shape, batch, clock)
         parts = [stages.get(ENCODER), stages.get(DECODERS_AND_HEADS)]
         return None if None in parts else sum(part for part in parts if part is not None)

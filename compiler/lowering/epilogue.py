@@ -13,7 +13,7 @@ from smc.compiler.lowering.context import Context, aligned, constant, dtype_name
 from smc.compiler.lowering.movement import MOVES
 from smc.compiler.lowering.views import Buffer, CannotView, Factor, View, strides_along
 from smc.passes.tensors import constant_value
-from smc.plugins.gemm.specification import ITEMSIZES
+from smc.plugins.launch import ITEMSIZES
 
 Steps = Sequence[str]
 """What a kernel does after its product, in its order: "bias", "activation", "residual"."""

@@ -1,4 +1,4 @@
-"""LayerNormalization over the last axis."""
+"""LayerNormalization over the last axis, and the Cast of its result."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from smc.compiler.lowering.context import CannotLower, Context, aligned, dtype_n
 from smc.compiler.lowering.views import View
 from smc.passes.base import label
 from smc.passes.tensors import constant_value, has_input
+from smc.plugins.launch import ITEMSIZES
 from smc.plugins.layer_norm.specification import LayerNorm
 
 
@@ -26,7 +27,9 @@ def lower_layer_norm(context: Context, node: gs.Node) -> None:
         return stride(view.flat(0, -1)), view
 
     row, view = context.or_copy(context.view(data), node, use)
-    result = context.new(out, dtype_name(out))
+    cast = _cast(context, out)
+    made = out if cast is None else cast.outputs[0]
+    result = context.new(made)
     channels = view.shape[-1]
     operation = LayerNorm(
         groups=1, rows=view.size // channels, channels=channels, dtype=view.dtype, out_dtype=result.dtype,
@@ -41,5 +44,13 @@ def lower_layer_norm(context: Context, node: gs.Node) -> None:
         "out": result.buffer,
     }
     context.call(operation, operands, ["out"], node)
-    context.bind(out, result)
-    context.finish(node)
+    context.bind(made, result)
+    for done in (node, cast):
+        if done is not None:
+            context.finish(done)
+
+
+def _cast(context: Context, tensor: gs.Tensor) -> gs.Node | None:
+    """The Cast to a type that the kernel writes, if that is all that reads a tensor."""
+    reader = context.sole_reader(tensor)
+    return reader if reader is not None and reader.op == "Cast" and dtype_name(reader.outputs[0]) in ITEMSIZES else None

@@ -12,6 +12,7 @@ from smc.compiler.lowering.arena import Arena, pack
 from smc.compiler.lowering.context import Call
 from smc.compiler.lowering.lanes import assign
 from smc.compiler.lowering.lower import Lowered
+from smc.compiler.lowering.parts import parts
 from smc.compiler.lowering.views import Buffer, View
 from smc.compiler.lowering.weight_file import WeightFile
 from smc.compiler.operations import default_tile, launches, workspace
@@ -42,11 +43,12 @@ class ProgramWriter:
         arena = pack(calls, slots, {view.buffer for view in (*lowered.inputs.values(), *lowered.outputs.values())})
         steps: list[Step] = []
         last_step: list[int] = []  # of each call
-        for (call, launched), slot in zip(made, slots, strict=True):
+        for (call, launched), slot, part in zip(made, slots, parts(calls, lowered.outputs), strict=True):
             places = {name: self._place(buffer, arena) for name, buffer in call.operands.items()}
             for i, launch in enumerate(launched):
                 waits = tuple(last_step[other] for other in slot.waits) if i == 0 else ()
-                steps.append(self._table.step(launch, places, f"{type(call.operation).__name__} {call.label}", slot.lane, waits))
+                label = f"{type(call.operation).__name__} {call.label}"
+                steps.append(self._table.step(launch, places, label, slot.lane, waits, part))
             last_step.append(len(steps) - 1)
         inputs, outputs = ({name: _region(view, arena) for name, view in views.items()} for views in (lowered.inputs, lowered.outputs))
         return Program(stage, inputs, outputs, arena.size, tuple(steps))
@@ -100,11 +102,11 @@ class ProgramWriter:
         tile = self._tuning.tile(operation)
         regions = {name: Region("arena", place.offset, place.dtype, place.shape[1:]) for name, place in places.items()}
         end = decoder.arena_bytes
-        for name, operand in matching.operands(operation, tile).items():
+        for name, (dtype, shape) in (matching.operand_shapes(operation) | workspace(operation, tile)).items():
             if name not in regions:
-                regions[name] = Region("arena", end, operand.dtype, operand.shape)
-                end += -(-math.prod(operand.shape) * itemsize(operand.dtype) // ALIGNMENT) * ALIGNMENT
-        launched = matching.matching_launches(operation, tile, self._tuning.sm)
+                regions[name] = Region("arena", end, dtype, shape)
+                end += -(-math.prod(shape) * itemsize(dtype) // ALIGNMENT) * ALIGNMENT
+        launched = launches(operation, tile, self._tuning.sm)
         self._table.compile([launch.kernel for launch in launched])
         self._check_fit(launched, "matching")
         where: dict[str, Place] = {name: ("arena", region.offset) for name, region in regions.items()}

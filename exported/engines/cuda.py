@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,7 +38,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a plan's work that can be timed by itself: `replay(n)` runs it n times and returns the seconds each took, on the GPU."""
+    """A part of a plan's work that can be timed by itself: `replay(n)` runs it n times and returns the seconds each took, on the GPU.
+
+    "decoder/decoders" and "decoder/heads" are the launches of the decoder that are for either, one after the other.
+    """
 
     name: str
     replay: Callable[[int], float]
@@ -71,6 +75,7 @@ class CudaEngine:
                 raise BundleDamaged(f"{name}: {found:,} bytes, {wanted:,} were expected")
         self._programs: dict[tuple[str, tuple[Shape, ...]], dict[int, Program]] = {}
         self._image_shapes: dict[tuple[int, ...], Shape] = {}  # shape of an image's features -> the image's
+        self._parts: dict[int, dict[str, Program]] = {}  # of programs that were timed
         for program in plan.programs:
             try:
                 self._add(program)
@@ -123,8 +128,15 @@ class CudaEngine:
     def sections(self, batch: int, shape: Shape) -> list[Section]:
         """What can be timed for `batch` pairs of images of one shape, each straight after it was run with real input by the same thread."""
         wanted = (("encoder", (shape,), 2 * batch), ("decoder", (shape, shape), batch), ("matcher", (shape, shape), batch))
-        found = [(stage, self._programs.get((stage, shapes), {}).get(count)) for stage, shapes, count in wanted]
-        return [Section(stage, partial(self._replay, program)) for stage, program in found if program is not None]
+        found = []
+        for stage, shapes, count in wanted:
+            program = self._programs.get((stage, shapes), {}).get(count)
+            if program is not None:
+                found.append(Section(stage, partial(self._replay, program, program)))
+                found += [
+                    Section(f"{stage}/{name}", partial(self._replay, program, part)) for name, part in self._parts_of(program).items()
+                ]
+        return found
 
     def memory_bytes(self) -> int:
         """GPU memory that this engine takes, and what CUDA took for it."""
@@ -238,11 +250,19 @@ class CudaEngine:
                 raise BadInput(f"features of {given.shape[1:]} an image are not this plan's", fix="encode the images with this bundle")
         return tuple(self._image_shapes[given.shape[1:]] for given in features)
 
-    def _replay(self, program: Program, count: int) -> float:
+    def _parts_of(self, program: Program) -> dict[str, Program]:
+        """A program's steps by their parts, each part's one after the other. Made once: sessions know programs by their identity."""
+        if id(program) not in self._parts:
+            names = dict.fromkeys(step.part for step in program.steps if step.part)
+            self._parts[id(program)] = {name: _part(program, name) for name in names}
+        return self._parts[id(program)]
+
+    def _replay(self, program: Program, timed: Program, count: int) -> float:
+        """Time a program, or a part of it, after the program was run."""
         with self._session() as session:
             session.require(program)
-            self._with_room(lambda: session.prepare(program, self._memory))
-            return session.time(program, count)
+            self._with_room(lambda: session.prepare(timed, self._memory))
+            return session.time(program, timed, count)
 
     def _allocate(self, shape: tuple[int, ...], dtype: str) -> cuda.DeviceArray:
         return self._with_room(lambda: cuda.DeviceArray(self._memory, shape, dtype))
@@ -343,9 +363,11 @@ class _Session:
         if id(program) not in self._whole:
             raise BadInput(f"the {program.stage} has nothing to be timed on", fix="run it first")
 
-    def time(self, program: Program, count: int) -> float:
-        """Seconds that one of `count` replays of a prepared program takes, on the inputs of the last run."""
-        graph = self._graphs[id(program)]
+    def time(self, program: Program, timed: Program, count: int) -> float:
+        """Seconds that one of `count` replays of `timed` takes, a prepared program or a part of it, on what the program's last run left."""
+        graph = self._graphs[id(timed)]
+        if timed is not program:
+            self._whole = {id(program)}  # a part by itself writes over what it would have been given, and its results are no maps
 
         def launch() -> None:
             for _ in range(count):
@@ -361,6 +383,12 @@ class _Session:
     @property
     def _bases(self) -> dict[Any, int]:
         return {"arena": self._base, "weights": self._weights}
+
+
+def _part(program: Program, name: str) -> Program:
+    """The steps of one part of a program, one after the other."""
+    steps = tuple(msgspec.structs.replace(step, lane=0, waits=()) for step in program.steps if step.part == name)
+    return msgspec.structs.replace(program, steps=steps)
 
 
 def _address(values: NDArray[Any] | cuda.DeviceArray) -> int:

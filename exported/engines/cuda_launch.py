@@ -61,7 +61,7 @@ def capture(program: Program, kernels: Kernels, bases: Mapping[Space, int], stre
     for step in program.steps:
         kernels[step.kernel]  # loaded now, and streams and events made: a capture is no place for it
     lanes = _Lanes(program, stream)
-    return Graph(stream, lambda: _enqueue(program, kernels, bases, lanes))
+    return Graph(stream, lambda: _enqueue(program, kernels, bases, lanes), code=kernels)
 
 
 def enqueue(program: Program, kernels: Kernels, bases: Mapping[Space, int], stream: Stream) -> None:

@@ -176,8 +176,11 @@ class Event:
 class Graph:
     """Work captured from a stream, launched as a whole with one call."""
 
-    def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
+    def __init__(self, stream: Stream, enqueue: Callable[[], None], code: object = None) -> None:
         """Capture what `enqueue` queues on `stream`; nothing of it runs.
+
+        `code` owns the machine code of the kernels in it, and lives as long as the graph: launching one whose code is unloaded ends the
+        process.
 
         Raises:
             BackendFailed: it queued what cannot be captured.
@@ -195,6 +198,7 @@ class Graph:
             self._graph = _check(cudart.cudaGraphInstantiate(captured, 0), "making a captured graph runnable")
         finally:
             cudart.cudaGraphDestroy(captured)
+        self._code = code
         weakref.finalize(self, cudart.cudaGraphExecDestroy, self._graph).atexit = False
 
     def launch(self, stream: Stream) -> None:

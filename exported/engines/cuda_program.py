@@ -96,6 +96,7 @@ class Step(msgspec.Struct, frozen=True):
         label: what it computes, for profiles.
         lane: steps of one lane run one after the other, those of different lanes at once.
         waits: steps of other lanes, by number, that must have ended.
+        part: which part of its stage it is for, "decoders" or "heads"; "" where a stage has no parts.
     """
 
     kernel: int
@@ -105,6 +106,7 @@ class Step(msgspec.Struct, frozen=True):
     label: str = ""
     lane: int = 0
     waits: tuple[int, ...] = ()
+    part: str = ""
 
 
 class Program(msgspec.Struct, frozen=True):

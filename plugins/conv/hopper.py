@@ -9,11 +9,12 @@ Three groups are for the H200's registers: 64 x 256 sums of each, and no warp th
 """
 
 # ruff: noqa: N803, N806  (capitals are compile-time constants, as is the custom in Triton)
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, call-arg, misc"
 
 from __future__ import annotations
 
 from triton.experimental import gluon
+from triton.experimental.gluon import aggregate
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -24,88 +25,156 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from smc.plugins.conv.kernel import tile_of
+
 PIXELS = gl.constexpr(64)
 DEPTH = gl.constexpr(64)
 
 
-@gluon.jit
-def fetch_weights(weight, weights, weight_full, group, channel, first, last, n, wanted, SIZE: gl.constexpr, WEIGHT_STAGES: gl.constexpr):
-    """Start copying the weights of the n-th product, if there are so many."""
-    step, i = first + n // SIZE, n % SIZE
-    stage = n % WEIGHT_STAGES
-    there = (step < last) & wanted
-    mbarrier.expect(weight_full.index(stage), weight.nbytes_per_cta, pred=there)
-    place = [group * (SIZE * SIZE) + i * SIZE + step % SIZE, step // SIZE * DEPTH, channel]
-    tma.async_load(weight, place, weight_full.index(stage), weights.index(stage), pred=there)
+@aggregate
+class Pipeline:
+    """Descriptors of x and the weights, where they are copied to in shared memory, the barriers of each stage, and constants of `conv`;
+    X_ROWS are the rows of x that a program sees in one step."""
+
+    x: tma.tensor_descriptor
+    weight: tma.tensor_descriptor
+    x_rows: gl.shared_memory_descriptor
+    weights: gl.shared_memory_descriptor
+    x_full: gl.shared_memory_descriptor
+    x_empty: gl.shared_memory_descriptor
+    weight_full: gl.shared_memory_descriptor
+    weight_empty: gl.shared_memory_descriptor
+    SIZE: gl.constexpr
+    PADDING: gl.constexpr
+    BLOCK_N: gl.constexpr
+    ROWS: gl.constexpr
+    X_ROWS: gl.constexpr
+    X_STAGES: gl.constexpr
+    WEIGHT_STAGES: gl.constexpr
+
+
+@aggregate
+class Tile:
+    """What a program makes: the first pixel and channel of its tile, and its steps, `first` to `last` - 1."""
+
+    group: gl.tensor
+    batch: gl.tensor
+    row: gl.tensor
+    column: gl.tensor
+    channel: gl.tensor | gl.constexpr
+    first: gl.tensor | gl.constexpr
+    last: gl.tensor | gl.constexpr
+
+
+@aggregate
+class Epilogue:
+    """What follows the sums; names are those of `conv`."""
+
+    bias: gl.tensor | gl.constexpr
+    residual: gl.tensor | gl.constexpr
+    out: tma.tensor_descriptor | gl.constexpr
+    out_relu: tma.tensor_descriptor | gl.constexpr
+    partial: gl.tensor | gl.constexpr
+    out_height: gl.tensor
+    out_width: gl.tensor
+    batches: gl.tensor
+    residual_group: gl.tensor
+    residual_batch: gl.tensor
+    residual_row: gl.tensor
+    residual_column: gl.tensor
+    C_OUT: gl.constexpr
+    SPLIT: gl.constexpr
+    RELU: gl.constexpr
 
 
 @gluon.jit
-def fetch_x(
-    x,
-    x_rows,
-    x_full,
-    group,
-    batch,
-    row,
-    column,
-    first,
-    last,
-    m,
-    wanted,
-    SIZE: gl.constexpr,
-    PADDING: gl.constexpr,
-    X_ROWS: gl.constexpr,
-    X_STAGES: gl.constexpr,
-):
-    """Start copying the rows of x of the m-th step, if there are so many."""
-    BOX: gl.constexpr = x.block_shape[2]
-    step, stage = first + m, m % X_STAGES
-    there = (step < last) & wanted
-    mbarrier.expect(x_full.index(stage), X_ROWS // BOX * x.nbytes_per_cta, pred=there)
-    for k in gl.static_range(X_ROWS // BOX):
-        place = [group, batch, row - PADDING + k * BOX, column - PADDING + step % SIZE, step // SIZE * DEPTH]
-        tma.async_load(x, place, x_full.index(stage), x_rows.index(stage * (X_ROWS // BOX) + k), pred=there)
-
-
-@gluon.jit
-def fetch_first(
+def pipeline(
     x,
     weight,
-    x_rows,
-    weights,
-    x_full,
-    weight_full,
-    group,
-    batch,
-    row,
-    column,
-    channel,
-    first,
-    last,
     SIZE: gl.constexpr,
     PADDING: gl.constexpr,
-    X_ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
     X_STAGES: gl.constexpr,
     WEIGHT_STAGES: gl.constexpr,
-    OVERLAPS: gl.constexpr,
 ):
-    """Fill all buffers. Weights do not depend on the kernel before this one: they are fetched before it ends."""
-    for k in gl.static_range(WEIGHT_STAGES):
-        fetch_weights(weight, weights, weight_full, group, channel, first, last, k, True, SIZE, WEIGHT_STAGES)
-    if OVERLAPS:
-        gdc_wait()
-    for k in gl.static_range(X_STAGES):
-        fetch_x(x, x_rows, x_full, group, batch, row, column, first, last, k, True, SIZE, PADDING, X_ROWS, X_STAGES)
+    """Shared memory and barriers for the copies. A fence must follow before the first."""
+    X_ROWS: gl.constexpr = GROUPS * ROWS + SIZE - 1
+    BOX: gl.constexpr = x.block_shape[2]
+    boxed: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    p = Pipeline(
+        x,
+        weight,
+        gl.allocate_shared_memory(x.dtype, [X_STAGES * (X_ROWS // BOX), BOX, PIXELS, DEPTH], boxed),
+        gl.allocate_shared_memory(x.dtype, [WEIGHT_STAGES, DEPTH, BLOCK_N], swizzled),
+        gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout()),
+        SIZE,
+        PADDING,
+        BLOCK_N,
+        ROWS,
+        X_ROWS,
+        X_STAGES,
+        WEIGHT_STAGES,
+    )
+    for stage in gl.static_range(X_STAGES):
+        mbarrier.init(p.x_full.index(stage), count=1)
+        mbarrier.init(p.x_empty.index(stage), count=GROUPS)
+    for stage in gl.static_range(WEIGHT_STAGES):
+        mbarrier.init(p.weight_full.index(stage), count=1)
+        mbarrier.init(p.weight_empty.index(stage), count=GROUPS)
+    return p
 
 
 @gluon.jit
-def sums(bias, group, channel, C_OUT: gl.constexpr, BLOCK_N: gl.constexpr):
+def fetch_weights(p: Pipeline, tile: Tile, n, wanted):
+    """Start copying the weights of the n-th product, if there are so many."""
+    step, i = tile.first + n // p.SIZE, n % p.SIZE
+    stage = n % p.WEIGHT_STAGES
+    full = p.weight_full.index(stage)
+    there = (step < tile.last) & wanted
+    mbarrier.expect(full, p.weight.nbytes_per_cta, pred=there)
+    place = [tile.group * (p.SIZE * p.SIZE) + i * p.SIZE + step % p.SIZE, step // p.SIZE * DEPTH, tile.channel]
+    tma.async_load(p.weight, place, full, p.weights.index(stage), pred=there)
+
+
+@gluon.jit
+def fetch_x(p: Pipeline, tile: Tile, m, wanted):
+    """Start copying the rows of x of the m-th step, if there are so many."""
+    BOX: gl.constexpr = p.x.block_shape[2]
+    step, stage = tile.first + m, m % p.X_STAGES
+    full = p.x_full.index(stage)
+    there = (step < tile.last) & wanted
+    mbarrier.expect(full, p.X_ROWS // BOX * p.x.nbytes_per_cta, pred=there)
+    for k in gl.static_range(p.X_ROWS // BOX):
+        row, column = tile.row - p.PADDING + k * BOX, tile.column - p.PADDING + step % p.SIZE
+        place = [tile.group, tile.batch, row, column, step // p.SIZE * DEPTH]
+        tma.async_load(p.x, place, full, p.x_rows.index(stage * (p.X_ROWS // BOX) + k), pred=there)
+
+
+@gluon.jit
+def fetch_first(p: Pipeline, tile: Tile, OVERLAPS: gl.constexpr):
+    """Fill all buffers. Weights do not depend on the kernel before this one: they are fetched before it ends."""
+    for k in gl.static_range(p.WEIGHT_STAGES):
+        fetch_weights(p, tile, k, True)
+    if OVERLAPS:
+        gdc_wait()
+    for k in gl.static_range(p.X_STAGES):
+        fetch_x(p, tile, k, True)
+
+
+@gluon.jit
+def sums(bias, tile: Tile, C_OUT: gl.constexpr, BLOCK_N: gl.constexpr):
     """What the sums of one row of pixels start from: (64, BLOCK_N) in float32, the bias if there is one."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     acc = gl.zeros((PIXELS, BLOCK_N), gl.float32, layout)
     if bias is not None:
-        n = channel + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-        acc += gl.load(bias + group * C_OUT + n, mask=n < C_OUT, other=0.0).to(gl.float32)[None, :]
+        n = tile.channel + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+        acc += gl.load(bias + tile.group * C_OUT + n, mask=n < C_OUT, other=0.0).to(gl.float32)[None, :]
     return acc
 
 
@@ -123,78 +192,42 @@ def multiply(
     part: gl.constexpr,
     acc,  # `sums` of the warp group's first row and, with ROWS = 2, in `other` of its second
     other,
-    x,
-    weight,
-    x_rows,
-    weights,
-    x_full,
-    x_empty,
-    weight_full,
-    weight_empty,
-    group,
-    batch,
-    row,
-    column,
-    channel,
-    first,
-    last,
-    SIZE: gl.constexpr,
-    PADDING: gl.constexpr,
-    ROWS: gl.constexpr,
-    X_ROWS: gl.constexpr,
-    X_STAGES: gl.constexpr,
-    WEIGHT_STAGES: gl.constexpr,
+    p: Pipeline,
+    tile: Tile,
 ):
     """Add all products to the sums of warp group `part`.
 
     Warp group 0 also starts the copies: what a product frees is filled again two products later, so that it seldom waits for others.
     """
-    BOX: gl.constexpr = x.block_shape[2]
-    for step in range(first, last):
-        m = step - first
-        x_stage = m % X_STAGES
-        mbarrier.wait(x_full.index(x_stage), m // X_STAGES & 1)
-        for i in gl.static_range(SIZE):
-            n = m * SIZE + i
-            stage = n % WEIGHT_STAGES
-            mbarrier.wait(weight_full.index(stage), n // WEIGHT_STAGES & 1)
-            box = x_stage * (X_ROWS // BOX)
-            acc = warpgroup_mma(pixels_of(x_rows, box, part * ROWS + i), weights.index(stage), acc, is_async=True)
-            if ROWS == 2:
-                other = warpgroup_mma(pixels_of(x_rows, box, part * ROWS + i + 1), weights.index(stage), other, is_async=True)
+    BOX: gl.constexpr = p.x.block_shape[2]
+    for step in range(tile.first, tile.last):
+        m = step - tile.first
+        x_stage = m % p.X_STAGES
+        mbarrier.wait(p.x_full.index(x_stage), m // p.X_STAGES & 1)
+        for i in gl.static_range(p.SIZE):
+            n = m * p.SIZE + i
+            stage = n % p.WEIGHT_STAGES
+            mbarrier.wait(p.weight_full.index(stage), n // p.WEIGHT_STAGES & 1)
+            box = x_stage * (p.X_ROWS // BOX)
+            acc = warpgroup_mma(pixels_of(p.x_rows, box, part * p.ROWS + i), p.weights.index(stage), acc, is_async=True)
+            if p.ROWS == 2:
+                other = warpgroup_mma(pixels_of(p.x_rows, box, part * p.ROWS + i + 1), p.weights.index(stage), other, is_async=True)
                 acc, other = warpgroup_mma_wait(2, deps=[acc, other])
             else:
                 acc = warpgroup_mma_wait(1, deps=[acc])
             # Now the products before these are done, and what they read is free.
-            mbarrier.arrive(weight_empty.index((n + WEIGHT_STAGES - 1) % WEIGHT_STAGES), pred=n > 0)
+            mbarrier.arrive(p.weight_empty.index((n + p.WEIGHT_STAGES - 1) % p.WEIGHT_STAGES), pred=n > 0)
             if i == 0:
-                mbarrier.arrive(x_empty.index((m + X_STAGES - 1) % X_STAGES), pred=m > 0)
+                mbarrier.arrive(p.x_empty.index((m + p.X_STAGES - 1) % p.X_STAGES), pred=m > 0)
             if part == 0:
                 freed = n - 2
-                mbarrier.wait(weight_empty.index((freed + WEIGHT_STAGES) % WEIGHT_STAGES), freed // WEIGHT_STAGES & 1, pred=freed >= 0)
-                fetch_weights(
-                    weight, weights, weight_full, group, channel, first, last, freed + WEIGHT_STAGES, freed >= 0, SIZE, WEIGHT_STAGES
-                )
-                if i == SIZE // 2:
-                    mbarrier.wait(x_empty.index((m - 1 + X_STAGES) % X_STAGES), (m - 1) // X_STAGES & 1, pred=m > 0)
-                    fetch_x(
-                        x,
-                        x_rows,
-                        x_full,
-                        group,
-                        batch,
-                        row,
-                        column,
-                        first,
-                        last,
-                        m - 1 + X_STAGES,
-                        m > 0,
-                        SIZE,
-                        PADDING,
-                        X_ROWS,
-                        X_STAGES,
-                    )
-    if ROWS == 2:
+                empty = p.weight_empty.index((freed + p.WEIGHT_STAGES) % p.WEIGHT_STAGES)
+                mbarrier.wait(empty, freed // p.WEIGHT_STAGES & 1, pred=freed >= 0)
+                fetch_weights(p, tile, freed + p.WEIGHT_STAGES, freed >= 0)
+                if i == p.SIZE // 2:
+                    mbarrier.wait(p.x_empty.index((m - 1 + p.X_STAGES) % p.X_STAGES), (m - 1) // p.X_STAGES & 1, pred=m > 0)
+                    fetch_x(p, tile, m - 1 + p.X_STAGES, m > 0)
+    if p.ROWS == 2:
         acc, other = warpgroup_mma_wait(0, deps=[acc, other])
     else:
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -213,235 +246,75 @@ def end(part: gl.constexpr):
 
 
 @gluon.jit
-def with_residual(
-    acc,  # of one row of pixels
-    residual,
-    group,
-    batch,
-    row,
-    column,
-    channel,
-    out_height,
-    out_width,
-    residual_group,
-    residual_batch,
-    residual_row,
-    residual_column,
-    C_OUT: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-):
-    """The sums and the residual."""
-    columns = column + gl.arange(0, PIXELS, gl.SliceLayout(1, acc.type.layout))
-    n = channel + gl.arange(0, BLOCK_N, gl.SliceLayout(0, acc.type.layout))
-    mask = ((columns < out_width) & (row < out_height))[:, None] & (n < C_OUT)[None, :]
-    residual += group.to(gl.int64) * residual_group + batch.to(gl.int64) * residual_batch + row * residual_row
-    return acc + gl.load(residual + (columns * residual_column)[:, None] + n[None, :], mask=mask, other=0.0).to(gl.float32)
+def inside(acc, row, tile: Tile, e: Epilogue):
+    """Columns and channels of the sums of one row of pixels, and which of them are in the image."""
+    columns = tile.column + gl.arange(0, PIXELS, gl.SliceLayout(1, acc.type.layout))
+    n = tile.channel + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    return columns, n, ((columns < e.out_width) & (row < e.out_height))[:, None] & (n < e.C_OUT)[None, :]
+
+
+@gluon.jit
+def with_residual(acc, row, tile: Tile, e: Epilogue):
+    """The sums of one row of pixels and the residual."""
+    columns, n, mask = inside(acc, row, tile, e)
+    residual = e.residual + (tile.group.to(gl.int64) * e.residual_group + tile.batch.to(gl.int64) * e.residual_batch + row * e.residual_row)
+    return acc + gl.load(residual + (columns * e.residual_column)[:, None] + n[None, :], mask=mask, other=0.0).to(gl.float32)
 
 
 @gluon.jit
 def finish(
     acc,  # of one row of pixels
-    out,
-    out_relu,
-    partial,
     staging,  # (64, BLOCK_N) in shared memory, of out's type
-    group,
-    batch,
     row,
-    column,
-    channel,
     split,
-    out_height,
-    out_width,
-    batches,
-    C_OUT: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    SPLIT: gl.constexpr,
-    RELU: gl.constexpr,
+    tile: Tile,
+    e: Epilogue,
 ):
     """The activation and the stores."""
-    if SPLIT:
-        columns = column + gl.arange(0, PIXELS, gl.SliceLayout(1, acc.type.layout))
-        n = channel + gl.arange(0, BLOCK_N, gl.SliceLayout(0, acc.type.layout))
-        mask = ((columns < out_width) & (row < out_height))[:, None] & (n < C_OUT)[None, :]
-        image = (split * gl.num_programs(2) + group) * batches + batch
-        partial += image.to(gl.int64) * out_height * out_width * C_OUT
-        gl.store(partial + ((row * out_width + columns) * C_OUT)[:, None] + n[None, :], acc, mask=mask)
+    if e.SPLIT:
+        columns, n, mask = inside(acc, row, tile, e)
+        image = (split * gl.num_programs(2) + tile.group) * e.batches + tile.batch
+        partial = e.partial + image.to(gl.int64) * e.out_height * e.out_width * e.C_OUT
+        gl.store(partial + ((row * e.out_width + columns) * e.C_OUT)[:, None] + n[None, :], acc, mask=mask)
     else:
-        if RELU:
+        if e.RELU:
             acc = gl.maximum(acc, 0.0)
-        staging.store(acc.to(out.dtype))
+        place = [tile.group, tile.batch, row, tile.column, tile.channel]
+        staging.store(acc.to(e.out.dtype))
         fence_async_shared()
-        tma.async_store(out, [group, batch, row, column, channel], staging)
+        tma.async_store(e.out, place, staging)
         tma.store_wait(0)
-        if out_relu is not None:
-            staging.store(gl.maximum(acc, 0.0).to(out_relu.dtype))
+        if e.out_relu is not None:
+            staging.store(gl.maximum(acc, 0.0).to(e.out_relu.dtype))
             fence_async_shared()
-            tma.async_store(out_relu, [group, batch, row, column, channel], staging)
+            tma.async_store(e.out_relu, place, staging)
             tma.store_wait(0)
 
 
 @gluon.jit
-def work(
-    part: gl.constexpr,
-    x,
-    weight,
-    x_rows,
-    weights,
-    x_full,
-    x_empty,
-    weight_full,
-    weight_empty,
-    done,
-    bias,
-    residual,
-    out,
-    out_relu,
-    partial,
-    group,
-    batch,
-    row,
-    column,
-    channel,
-    split,
-    first,
-    last,
-    out_height,
-    out_width,
-    batches,
-    residual_group,
-    residual_batch,
-    residual_row,
-    residual_column,
-    C_OUT: gl.constexpr,
-    SIZE: gl.constexpr,
-    PADDING: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    ROWS: gl.constexpr,
-    X_ROWS: gl.constexpr,
-    X_STAGES: gl.constexpr,
-    WEIGHT_STAGES: gl.constexpr,
-    SPLIT: gl.constexpr,
-    RELU: gl.constexpr,
-    OVERLAPS: gl.constexpr,
-):
+def work(part: gl.constexpr, p: Pipeline, done, tile: Tile, split, e: Epilogue, OVERLAPS: gl.constexpr):
     """A warp group."""
     if part == 0:
-        fetch_first(
-            x,
-            weight,
-            x_rows,
-            weights,
-            x_full,
-            weight_full,
-            group,
-            batch,
-            row,
-            column,
-            channel,
-            first,
-            last,
-            SIZE,
-            PADDING,
-            X_ROWS,
-            X_STAGES,
-            WEIGHT_STAGES,
-            OVERLAPS,
-        )
+        fetch_first(p, tile, OVERLAPS)
     elif OVERLAPS:
         gdc_wait()
     # Bias and residual come first: while they are fetched, so is what the first products take.
-    acc = sums(bias, group, channel, C_OUT, BLOCK_N)
-    other = sums(bias, group, channel, C_OUT, BLOCK_N) if ROWS == 2 else acc
-    if residual is not None:
-        acc = with_residual(
-            acc,
-            residual,
-            group,
-            batch,
-            row + part * ROWS,
-            column,
-            channel,
-            out_height,
-            out_width,
-            residual_group,
-            residual_batch,
-            residual_row,
-            residual_column,
-            C_OUT,
-            BLOCK_N,
-        )
-        if ROWS == 2:
-            other = with_residual(
-                other,
-                residual,
-                group,
-                batch,
-                row + part * ROWS + 1,
-                column,
-                channel,
-                out_height,
-                out_width,
-                residual_group,
-                residual_batch,
-                residual_row,
-                residual_column,
-                C_OUT,
-                BLOCK_N,
-            )
-    acc, other = multiply(
-        part,
-        acc,
-        other,
-        x,
-        weight,
-        x_rows,
-        weights,
-        x_full,
-        x_empty,
-        weight_full,
-        weight_empty,
-        group,
-        batch,
-        row,
-        column,
-        channel,
-        first,
-        last,
-        SIZE,
-        PADDING,
-        ROWS,
-        X_ROWS,
-        X_STAGES,
-        WEIGHT_STAGES,
-    )
+    row = tile.row + part * p.ROWS
+    acc = sums(e.bias, tile, e.C_OUT, p.BLOCK_N)
+    other = sums(e.bias, tile, e.C_OUT, p.BLOCK_N) if p.ROWS == 2 else acc
+    if e.residual is not None:
+        acc = with_residual(acc, row, tile, e)
+        if p.ROWS == 2:
+            other = with_residual(other, row + 1, tile, e)
+    acc, other = multiply(part, acc, other, p, tile)
     if OVERLAPS:
         gdc_launch_dependents()
     # Once no warp group reads weights any more, their memory takes the results on their way out.
     mbarrier.arrive(done)
     mbarrier.wait(done, 0)
-    staging = weights.index(part)
-    for r in gl.static_range(ROWS):
-        finish(
-            other if r else acc,
-            out,
-            out_relu,
-            partial,
-            staging,
-            group,
-            batch,
-            row + part * ROWS + r,
-            column,
-            channel,
-            split,
-            out_height,
-            out_width,
-            batches,
-            C_OUT,
-            BLOCK_N,
-            SPLIT,
-            RELU,
-        )
+    staging = p.weights.index(part)
+    for r in gl.static_range(p.ROWS):
+        finish(other if r else acc, staging, row + r, split, tile, e)
     end(part)
 
 
@@ -478,75 +351,31 @@ def conv(
     """Grid: (channel tiles x pixel tiles x splits, B, groups), the channel tiles of one pixel tile beside each other."""
     TILES_N: gl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     STEPS: gl.constexpr = SIZE * ((C_IN + DEPTH - 1) // DEPTH)
-    X_ROWS: gl.constexpr = GROUPS * ROWS + SIZE - 1
     tiles_h, tiles_w = gl.cdiv(out_height, GROUPS * ROWS), gl.cdiv(out_width, PIXELS)
     pid, batch, group = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     channel = pid % TILES_N * BLOCK_N
-    tile = pid // TILES_N
-    row, column = tile // tiles_w % tiles_h * (GROUPS * ROWS), tile % tiles_w * PIXELS
-    split = tile // (tiles_h * tiles_w)
+    row, column = tile_of(pid // TILES_N, tiles_h, tiles_w, GROUPS * ROWS, PIXELS)
+    split = pid // TILES_N // (tiles_h * tiles_w)
     first, last = split * STEPS // splits, (split + 1) * STEPS // splits
 
-    BOX: gl.constexpr = x.block_shape[2]
-    boxed: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    x_rows = gl.allocate_shared_memory(x.dtype, [X_STAGES * (X_ROWS // BOX), BOX, PIXELS, DEPTH], boxed)
-    weights = gl.allocate_shared_memory(x.dtype, [WEIGHT_STAGES, DEPTH, BLOCK_N], swizzled)
-    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    weight_full = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
-    weight_empty = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    tile = Tile(group, batch, row, column, channel, first, last)
+    e = Epilogue(
+        bias, residual, out, out_relu, partial, out_height, out_width, batches,
+        residual_group, residual_batch, residual_row, residual_column, C_OUT, SPLIT, RELU,
+    )  # fmt: skip
+
+    p = pipeline(x, weight, SIZE, PADDING, BLOCK_N, GROUPS, ROWS, X_STAGES, WEIGHT_STAGES)
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(X_STAGES):
-        mbarrier.init(x_full.index(stage), count=1)
-        mbarrier.init(x_empty.index(stage), count=GROUPS)
-    for stage in gl.static_range(WEIGHT_STAGES):
-        mbarrier.init(weight_full.index(stage), count=1)
-        mbarrier.init(weight_empty.index(stage), count=GROUPS)
     mbarrier.init(done, count=GROUPS)
     fence_async_shared()
-
-    # fmt: off
     if GROUPS == 3:
         gl.warp_specialize(
             [
-                (work, (
-                    0, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, done, bias, residual, out, out_relu,
-                    partial, group, batch, row, column, channel, split, first, last, out_height, out_width, batches, residual_group,
-                    residual_batch, residual_row, residual_column, C_OUT, SIZE, PADDING, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, SPLIT, RELU, OVERLAPS,
-                )),
-                (work, (
-                    1, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, done, bias, residual, out, out_relu,
-                    partial, group, batch, row, column, channel, split, first, last, out_height, out_width, batches, residual_group,
-                    residual_batch, residual_row, residual_column, C_OUT, SIZE, PADDING, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, SPLIT, RELU, OVERLAPS,
-                )),
-                (work, (
-                    2, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, done, bias, residual, out, out_relu,
-                    partial, group, batch, row, column, channel, split, first, last, out_height, out_width, batches, residual_group,
-                    residual_batch, residual_row, residual_column, C_OUT, SIZE, PADDING, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, SPLIT, RELU, OVERLAPS,
-                )),
+                (work, (0, p, done, tile, split, e, OVERLAPS)),
+                (work, (1, p, done, tile, split, e, OVERLAPS)),
+                (work, (2, p, done, tile, split, e, OVERLAPS)),
             ],
             [4, 4],
         )
     else:
-        gl.warp_specialize(
-            [
-                (work, (
-                    0, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, done, bias, residual, out, out_relu,
-                    partial, group, batch, row, column, channel, split, first, last, out_height, out_width, batches, residual_group,
-                    residual_batch, residual_row, residual_column, C_OUT, SIZE, PADDING, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, SPLIT, RELU, OVERLAPS,
-                )),
-                (work, (
-                    1, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, done, bias, residual, out, out_relu,
-                    partial, group, batch, row, column, channel, split, first, last, out_height, out_width, batches, residual_group,
-                    residual_batch, residual_row, residual_column, C_OUT, SIZE, PADDING, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, SPLIT, RELU, OVERLAPS,
-                )),
-            ],
-            [4],
-        )
-    # fmt: on
+        gl.warp_specialize([(work, (0, p, done, tile, split, e, OVERLAPS)), (work, (1, p, done, tile, split, e, OVERLAPS))], [4])

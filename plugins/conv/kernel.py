@@ -63,9 +63,8 @@ def convolve(
     STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
     if not TMA:
-        pixel = tl.arange(0, TILE_H * TILE_W)
-        rows = (row + pixel // TILE_W) * STRIDE - PADDING
-        columns = (column + pixel % TILE_W) * STRIDE - PADDING
+        rows, columns, _ = pixels_of(row, column, height, width, TILE_H, TILE_W)
+        rows, columns = rows * STRIDE - PADDING, columns * STRIDE - PADDING
         k = tl.arange(0, BLOCK_K)
         n = channel + tl.arange(0, BLOCK_N)
         n_inside = n < C_OUT
@@ -87,10 +86,19 @@ def convolve(
 
 
 @triton.jit
+def elements(place, group, batch, rows, columns, n):
+    """Pointers to channels `n` of pixels of an image, (pixels, channels). `place` is a map's pointer and its strides in elements, from
+    group to group, image to image, row to row and pixel to pixel."""
+    pointer, group_stride, batch_stride, row_stride, column_stride = place
+    pointer += group.to(tl.int64) * group_stride + batch.to(tl.int64) * batch_stride
+    return pointer + (rows * row_stride + columns * column_stride)[:, None] + n[None, :]
+
+
+@triton.jit
 def finish(
     acc,  # (pixels, BLOCK_N), float32
     bias,
-    residual,
+    residual,  # as `elements` takes it, and so out and out_relu; the pointer is None without
     out,
     out_relu,
     group,
@@ -99,18 +107,6 @@ def finish(
     columns,
     inside,
     n,
-    residual_group,
-    residual_batch,
-    residual_row,
-    residual_column,
-    out_group,
-    out_batch,
-    out_row,
-    out_column,
-    out_relu_group,
-    out_relu_batch,
-    out_relu_row,
-    out_relu_column,
     C_OUT: tl.constexpr,
     RELU: tl.constexpr,
 ):
@@ -118,19 +114,14 @@ def finish(
     mask = inside[:, None] & (n < C_OUT)[None, :]
     if bias is not None:
         acc += tl.load(bias + group * C_OUT + n, mask=n < C_OUT, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        residual += group.to(tl.int64) * residual_group + batch.to(tl.int64) * residual_batch
-        places = rows * residual_row + columns * residual_column
-        acc += tl.load(residual + places[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual[0] is not None:
+        acc += tl.load(elements(residual, group, batch, rows, columns, n), mask=mask, other=0.0).to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0)
-    out += group.to(tl.int64) * out_group + batch.to(tl.int64) * out_batch
-    places = rows * out_row + columns * out_column
-    tl.store(out + places[:, None] + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    if out_relu is not None:
-        out_relu += group.to(tl.int64) * out_relu_group + batch.to(tl.int64) * out_relu_batch
-        places = rows * out_relu_row + columns * out_relu_column
-        tl.store(out_relu + places[:, None] + n[None, :], tl.maximum(acc, 0.0).to(out_relu.dtype.element_ty), mask=mask)
+    tl.store(elements(out, group, batch, rows, columns, n), acc.to(out[0].dtype.element_ty), mask=mask)
+    if out_relu[0] is not None:
+        places = elements(out_relu, group, batch, rows, columns, n)
+        tl.store(places, tl.maximum(acc, 0.0).to(out_relu[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -193,31 +184,9 @@ def conv(
     if OVERLAPS:
         gdc_wait()
     acc = convolve(
-        x,
-        weight,
-        group,
-        batch,
-        row,
-        column,
-        channel,
-        height,
-        width,
-        x_row,
-        x_column,
-        first,
-        last,
-        C_IN,
-        C_OUT,
-        SIZE,
-        STRIDE,
-        PADDING,
-        TILE_H,
-        TILE_W,
-        BLOCK_N,
-        BLOCK_K,
-        TMA,
-        PRECISION,
-    )
+        x, weight, group, batch, row, column, channel, height, width, x_row, x_column, first, last,
+        C_IN, C_OUT, SIZE, STRIDE, PADDING, TILE_H, TILE_W, BLOCK_N, BLOCK_K, TMA, PRECISION,
+    )  # fmt: skip
     if OVERLAPS:
         gdc_launch_dependents()
     rows, columns, inside = pixels_of(row, column, out_height, out_width, TILE_H, TILE_W)
@@ -231,27 +200,15 @@ def conv(
         finish(
             acc,
             bias,
-            residual,
-            out,
-            out_relu,
+            (residual, residual_group, residual_batch, residual_row, residual_column),
+            (out, out_group, out_batch, out_row, out_column),
+            (out_relu, out_relu_group, out_relu_batch, out_relu_row, out_relu_column),
             group,
             batch,
             rows,
             columns,
             inside,
             n,
-            residual_group,
-            residual_batch,
-            residual_row,
-            residual_column,
-            out_group,
-            out_batch,
-            out_row,
-            out_column,
-            out_relu_group,
-            out_relu_batch,
-            out_relu_row,
-            out_relu_column,
             C_OUT,
             RELU,
         )
@@ -306,27 +263,15 @@ def reduce(
     finish(
         acc,
         bias,
-        residual,
-        out,
-        out_relu,
+        (residual, residual_group, residual_batch, residual_row, residual_column),
+        (out, out_group, out_batch, out_row, out_column),
+        (out_relu, out_relu_group, out_relu_batch, out_relu_row, out_relu_column),
         group,
         batch,
         pixel // out_width,
         pixel % out_width,
         inside,
         n,
-        residual_group,
-        residual_batch,
-        residual_row,
-        residual_column,
-        out_group,
-        out_batch,
-        out_row,
-        out_column,
-        out_relu_group,
-        out_relu_batch,
-        out_relu_row,
-        out_relu_column,
         C_OUT,
         RELU,
     )

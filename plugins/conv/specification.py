@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from smc.plugins.launch import ITEMSIZES
+
 Dtype = Literal["float16", "bfloat16", "float32"]
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Map:
 
     def __post_init__(self) -> None:
         for name in ("group", "batch", "row", "column", "offset"):
-            if getattr(self, name) * BYTES[self.dtype] % 16:
+            if getattr(self, name) * ITEMSIZES[self.dtype] % 16:
                 raise ValueError(f"{name} is {getattr(self, name)} elements of {self.dtype}; a multiple of 16 bytes is needed")
 
 

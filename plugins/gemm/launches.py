@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from smc.plugins.gemm.specification import ITEMSIZES, Gemm
-from smc.plugins.launch import Address, Constant, Descriptor, Launch, Value, launch
+from smc.plugins.gemm.specification import Gemm
+from smc.plugins.launch import ITEMSIZES, Address, Constant, Descriptor, Launch, Value, launch
 
 _KERNEL = "smc.plugins.gemm.kernel:gemm"
 _HOPPER = "smc.plugins.gemm.hopper:gemm"

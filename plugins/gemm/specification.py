@@ -27,9 +27,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["none", "gelu", "relu"]
+from smc.plugins.launch import ITEMSIZES
 
-ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
+Activation = Literal["none", "gelu", "relu"]
 
 
 @dataclass(frozen=True)

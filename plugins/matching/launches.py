@@ -43,14 +43,6 @@ class Tile:
     settlers: int = 660
 
 
-@dataclass(frozen=True)
-class Operand:
-    """Memory that the launches need: element type as numpy names it, and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def tiles(op: Matching, sm: int) -> list[Tile]:
     """Worth timing. On the H200 at 512x384, step 8, the first is the fastest: 62 us a search of all starting points."""
     return [
@@ -68,52 +60,51 @@ def default_tile(op: Matching, sm: int) -> Tile:
     return tiles(op, sm)[0] if sm >= 90 else Tile(128, 64, 256, twice=False, warps=4, stages=3)
 
 
-def operands(op: Matching, tile: Tile) -> dict[str, Operand]:
-    """Everything that the launches read and write.
-
-    Inputs: desc1, desc2, conf1, conf2, starts and options; outputs: status, xy1, xy2 and confidence; the others are scratch.
-    `smc.plugins.matching.kernel` says what `options` and `status` hold.
-    """
-    runs1, runs2 = _runs(op, tile)
-    parts, starts = _power_of_two(max(runs1, runs2)), op.starts
+def operand_shapes(op: Matching) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The inputs and outputs, name -> (dtype, shape). `smc.plugins.matching.kernel` says what `options` and `status` hold."""
     return {
-        "desc1": Operand("float32", (*op.shape1, op.size)),
-        "desc2": Operand("float32", (*op.shape2, op.size)),
-        "conf1": Operand("float32", op.shape1),
-        "conf2": Operand("float32", op.shape2),
-        "starts": Operand("int32", (2, starts)),
-        "options": Operand("int32", (_OPTIONS,)),
-        "half": Operand("float16", ((runs1 + runs2) * tile.run, _columns(op))),
-        "norms": Operand("int32", (2, parts)),
-        "slots": Operand("int32", (op.points1,)),
-        "here": Operand("int32", (2, starts)),
-        "there": Operand("int32", (2, starts)),
-        "queue": Operand("int32", (2, 2, starts)),
-        "counts": Operand("int32", (_HALVES, 4)),
-        "best": Operand("float32", (2, starts, _pitch(op, tile))),
-        "tallies": Operand("int32", (-(-op.points1 // PIECE),)),
-        "status": Operand("int32", (_STATUS,)),
-        "xy1": Operand("int64", (op.points1, 2)),
-        "xy2": Operand("int64", (op.points1, 2)),
-        "confidence": Operand("float32", (op.points1,)),
+        "desc1": ("float32", (*op.shape1, op.size)),
+        "desc2": ("float32", (*op.shape2, op.size)),
+        "conf1": ("float32", op.shape1),
+        "conf2": ("float32", op.shape2),
+        "starts": ("int32", (2, op.starts)),
+        "options": ("int32", (_OPTIONS,)),
+        "status": ("int32", (_STATUS,)),
+        "xy1": ("int64", (op.points1, 2)),
+        "xy2": ("int64", (op.points1, 2)),
+        "confidence": ("float32", (op.points1,)),
     }
 
 
-def matching_launches(op: Matching, tile: Tile, sm: int, walk: int = MAX_WALK) -> list[Launch]:
-    """The whole of it, in order; `walk` round trips at most.
+def workspace(op: Matching, tile: Tile) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Operands beyond the operation's own, name -> (dtype, shape). They may hold anything before the first run with options[2] = 1, and
+    belong to the launches until the last run of that list of matches."""
+    runs1, runs2 = _runs(op, tile)
+    starts = op.starts
+    return {
+        "half": ("float16", ((runs1 + runs2) * tile.run, _columns(op))),
+        "norms": ("int32", (2, _power_of_two(max(runs1, runs2)))),
+        "slots": ("int32", (op.points1,)),
+        "here": ("int32", (2, starts)),
+        "there": ("int32", (2, starts)),
+        "queue": ("int32", (2, 2, starts)),
+        "counts": ("int32", (_HALVES, 4)),
+        "best": ("float32", (2, starts, _pitch(op, tile))),
+        "tallies": ("int32", (-(-op.points1 // PIECE),)),
+    }
 
-    Every operand is as `operands` says. Scratch may hold anything before the first run with options[2] = 1, and belongs to the
-    launches until the last run of that list of matches.
-    """
+
+def launches(op: Matching, tile: Tile, sm: int, walk: int = MAX_WALK) -> list[Launch]:
+    """The whole of it, in order; `walk` round trips at most. Operands: those of `operand_shapes`, and those of `workspace`."""
     overlaps = sm >= 90
     runs1, runs2 = _runs(op, tile)
     parts, starts, columns = _power_of_two(max(runs1, runs2)), op.starts, _columns(op)
     shapes: dict[str, Value] = {"n1": op.points1, "n2": op.points2}
     sizes: dict[str, Constant] = {"SIZE": op.size, "COLUMNS": columns, "RUN": tile.run}
-    memory = operands(op, tile)
+    memory = operand_shapes(op) | workspace(op, tile)
 
     def at(*names: str) -> dict[str, Value]:
-        return {name: Address(name, memory[name].dtype) for name in names}
+        return {name: Address(name, memory[name][0]) for name in names}
 
     def call(
         function: str,
@@ -146,7 +137,7 @@ def matching_launches(op: Matching, tile: Tile, sm: int, walk: int = MAX_WALK) -
     rescale_grid = (min(64, max(runs1, runs2)), 2, 1)
     rescale = call("rescale", rescale_grid, at("desc1", "desc2", "options", "norms", "half", "status") | shapes, sizes | {"PARTS": parts})
 
-    half_tiles = Descriptor("half", "float16", memory["half"].shape, (columns, 1), (tile.block_n, columns))
+    half_tiles = Descriptor("half", "float16", memory["half"][1], (columns, 1), (tile.block_n, columns))
     searched = at("half") | ({"half_tiles": half_tiles} if sm >= 90 else {}) | at("here", "there", "queue")
     search_constants: dict[str, Constant] = {
         "COLUMNS": columns,

@@ -1,16 +1,16 @@
 """The Gluon kernel for sm 9.0: the main loop of smc.plugins.conv.hopper over all output channels at once."""
 
 # ruff: noqa: N803, N806  (capitals are compile-time constants, as is the custom in Triton)
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, call-arg"
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from smc.plugins.conv.hopper import DEPTH, PIXELS, end, fetch_first, multiply, sums
+from smc.plugins.conv.hopper import DEPTH, PIXELS, Pipeline, Tile, end, fetch_first, multiply, pipeline, sums
 
 
 @gluon.jit
@@ -20,10 +20,8 @@ def points(
     bias_out,
     pts3d,  # of one group
     conf,
-    group,
-    batch,
     row,
-    column,
+    tile: Tile,
     height,
     width,
     NORM_FLOOR: gl.constexpr,
@@ -34,11 +32,11 @@ def points(
     h = gl.convert_layout(gl.maximum(acc, 0.0).to(weight_out.dtype), gl.DotOperandLayout(0, narrow, 2))
     y = warpgroup_mma(h, weight_out, gl.zeros((PIXELS, 16), gl.float32, narrow))
     k = gl.arange(0, 16, gl.SliceLayout(0, narrow))
-    y += gl.load(bias_out + group * 4 + k, mask=k < 4, other=0.0).to(gl.float32)[None, :]
+    y += gl.load(bias_out + tile.group * 4 + k, mask=k < 4, other=0.0).to(gl.float32)[None, :]
     norm = gl.sqrt(gl.sum(gl.where((k < 3)[None, :], y * y, 0.0), 1))
     stretch = (gl.exp(norm) - 1.0) / gl.maximum(norm, NORM_FLOOR)
-    columns = column + gl.arange(0, PIXELS, gl.SliceLayout(1, narrow))
-    pixel = (batch * height + row) * width + columns
+    columns = tile.column + gl.arange(0, PIXELS, gl.SliceLayout(1, narrow))
+    pixel = (tile.batch * height + row) * width + columns
     inside = ((columns < width) & (row < height))[:, None]
     gl.store(pts3d + (pixel * 3)[:, None] + k[None, :], y * stretch[:, None], mask=inside & (k < 3)[None, :])
     gl.store(conf + pixel[:, None] + (k - 3)[None, :], CONF_FLOOR + gl.exp(y), mask=inside & (k == 3)[None, :])
@@ -47,97 +45,33 @@ def points(
 @gluon.jit
 def work(
     part: gl.constexpr,
-    x,
-    weight,
-    x_rows,
-    weights,
-    x_full,
-    x_empty,
-    weight_full,
-    weight_empty,
+    p: Pipeline,
+    tile: Tile,
     bias,
     last_weight,
     bias_out,
     pts3d,
     conf,
-    group,
-    batch,
-    row,
-    column,
     height,
     width,
     C_OUT: gl.constexpr,
-    STEPS: gl.constexpr,
-    SIZE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    ROWS: gl.constexpr,
-    X_ROWS: gl.constexpr,
-    X_STAGES: gl.constexpr,
-    WEIGHT_STAGES: gl.constexpr,
     NORM_FLOOR: gl.constexpr,
     CONF_FLOOR: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """A warp group."""
     if part == 0:
-        fetch_first(
-            x,
-            weight,
-            x_rows,
-            weights,
-            x_full,
-            weight_full,
-            group,
-            batch,
-            row,
-            column,
-            0,
-            0,
-            STEPS,
-            SIZE,
-            SIZE // 2,
-            X_ROWS,
-            X_STAGES,
-            WEIGHT_STAGES,
-            OVERLAPS,
-        )
+        fetch_first(p, tile, OVERLAPS)
     elif OVERLAPS:
         gdc_wait()
-    acc = sums(bias, group, 0, C_OUT, BLOCK_N)
-    other = sums(bias, group, 0, C_OUT, BLOCK_N) if ROWS == 2 else acc
-    acc, other = multiply(
-        part,
-        acc,
-        other,
-        x,
-        weight,
-        x_rows,
-        weights,
-        x_full,
-        x_empty,
-        weight_full,
-        weight_empty,
-        group,
-        batch,
-        row,
-        column,
-        0,
-        0,
-        STEPS,
-        SIZE,
-        SIZE // 2,
-        ROWS,
-        X_ROWS,
-        X_STAGES,
-        WEIGHT_STAGES,
-    )
+    acc = sums(bias, tile, C_OUT, p.BLOCK_N)
+    other = sums(bias, tile, C_OUT, p.BLOCK_N) if p.ROWS == 2 else acc
+    acc, other = multiply(part, acc, other, p, tile)
     if OVERLAPS:
         gdc_launch_dependents()
-    row += part * ROWS
-    points(acc, last_weight, bias_out, pts3d, conf, group, batch, row, column, height, width, NORM_FLOOR, CONF_FLOOR)
-    if ROWS == 2:
-        row += 1
-        points(other, last_weight, bias_out, pts3d, conf, group, batch, row, column, height, width, NORM_FLOOR, CONF_FLOOR)
+    row = tile.row + part * p.ROWS
+    for r in gl.static_range(p.ROWS):
+        points(other if r else acc, last_weight, bias_out, pts3d, conf, row + r, tile, height, width, NORM_FLOOR, CONF_FLOOR)
     end(part)
 
 
@@ -168,28 +102,12 @@ def point_head(
 ):
     """Grid: (pixel tiles, B, groups)."""
     STEPS: gl.constexpr = SIZE * ((C_IN + DEPTH - 1) // DEPTH)
-    X_ROWS: gl.constexpr = GROUPS * ROWS + SIZE - 1
-    tiles_w = gl.cdiv(width, PIXELS)
     pid, batch, group = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    row, column = pid // tiles_w * (GROUPS * ROWS), pid % tiles_w * PIXELS
+    tiles_w = gl.cdiv(width, PIXELS)
+    tile = Tile(group, batch, pid // tiles_w * (GROUPS * ROWS), pid % tiles_w * PIXELS, 0, 0, STEPS)
     pts3d += group.to(gl.int64) * pts3d_group
     conf += group.to(gl.int64) * conf_group
-
-    BOX: gl.constexpr = x.block_shape[2]
-    boxed: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    x_rows = gl.allocate_shared_memory(x.dtype, [X_STAGES * (X_ROWS // BOX), BOX, PIXELS, DEPTH], boxed)
-    weights = gl.allocate_shared_memory(x.dtype, [WEIGHT_STAGES, DEPTH, BLOCK_N], swizzled)
-    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    weight_full = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
-    weight_empty = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(X_STAGES):
-        mbarrier.init(x_full.index(stage), count=1)
-        mbarrier.init(x_empty.index(stage), count=GROUPS)
-    for stage in gl.static_range(WEIGHT_STAGES):
-        mbarrier.init(weight_full.index(stage), count=1)
-        mbarrier.init(weight_empty.index(stage), count=GROUPS)
+    p = pipeline(x, weight, SIZE, SIZE // 2, BLOCK_N, GROUPS, ROWS, X_STAGES, WEIGHT_STAGES)
 
     # The fewest columns that tensor cores take here are 16; four are real.
     rows: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
@@ -201,42 +119,20 @@ def point_head(
     last_weight.store(gl.load(weight_out + places, mask=(n < C_OUT)[:, None] & (k < 4)[None, :], other=0.0))
     fence_async_shared()
 
-    # fmt: off
     if GROUPS == 3:
         gl.warp_specialize(
             [
-                (work, (
-                    0, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, bias, last_weight, bias_out, pts3d,
-                    conf, group, batch, row, column, height, width, C_OUT, STEPS, SIZE, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, NORM_FLOOR, CONF_FLOOR, OVERLAPS,
-                )),
-                (work, (
-                    1, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, bias, last_weight, bias_out, pts3d,
-                    conf, group, batch, row, column, height, width, C_OUT, STEPS, SIZE, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, NORM_FLOOR, CONF_FLOOR, OVERLAPS,
-                )),
-                (work, (
-                    2, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, bias, last_weight, bias_out, pts3d,
-                    conf, group, batch, row, column, height, width, C_OUT, STEPS, SIZE, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, NORM_FLOOR, CONF_FLOOR, OVERLAPS,
-                )),
+                (work, (0, p, tile, bias, last_weight, bias_out, pts3d, conf, height, width, C_OUT, NORM_FLOOR, CONF_FLOOR, OVERLAPS)),
+                (work, (1, p, tile, bias, last_weight, bias_out, pts3d, conf, height, width, C_OUT, NORM_FLOOR, CONF_FLOOR, OVERLAPS)),
+                (work, (2, p, tile, bias, last_weight, bias_out, pts3d, conf, height, width, C_OUT, NORM_FLOOR, CONF_FLOOR, OVERLAPS)),
             ],
             [4, 4],
         )
     else:
         gl.warp_specialize(
             [
-                (work, (
-                    0, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, bias, last_weight, bias_out, pts3d,
-                    conf, group, batch, row, column, height, width, C_OUT, STEPS, SIZE, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, NORM_FLOOR, CONF_FLOOR, OVERLAPS,
-                )),
-                (work, (
-                    1, x, weight, x_rows, weights, x_full, x_empty, weight_full, weight_empty, bias, last_weight, bias_out, pts3d,
-                    conf, group, batch, row, column, height, width, C_OUT, STEPS, SIZE, BLOCK_N, ROWS, X_ROWS, X_STAGES,
-                    WEIGHT_STAGES, NORM_FLOOR, CONF_FLOOR, OVERLAPS,
-                )),
+                (work, (0, p, tile, bias, last_weight, bias_out, pts3d, conf, height, width, C_OUT, NORM_FLOOR, CONF_FLOOR, OVERLAPS)),
+                (work, (1, p, tile, bias, last_weight, bias_out, pts3d, conf, height, width, C_OUT, NORM_FLOOR, CONF_FLOOR, OVERLAPS)),
             ],
             [4],
         )
-    # fmt: on

@@ -89,31 +89,9 @@ def point_head(
     if OVERLAPS:
         gdc_wait()
     acc = convolve(
-        x,
-        weight,
-        group,
-        batch,
-        row,
-        column,
-        0,
-        height,
-        width,
-        x_row,
-        x_column,
-        0,
-        STEPS,
-        C_IN,
-        C_OUT,
-        SIZE,
-        STRIDE,
-        PADDING,
-        TILE_H,
-        TILE_W,
-        BLOCK_N,
-        BLOCK_K,
-        TMA,
-        PRECISION,
-    )
+        x, weight, group, batch, row, column, 0, height, width, x_row, x_column, 0, STEPS,
+        C_IN, C_OUT, SIZE, STRIDE, PADDING, TILE_H, TILE_W, BLOCK_N, BLOCK_K, TMA, PRECISION,
+    )  # fmt: skip
     if OVERLAPS:
         gdc_launch_dependents()
     rows, columns, inside = pixels_of(row, column, height, width, TILE_H, TILE_W)

@@ -62,8 +62,13 @@ def test_the_plan_has_a_program_for_each_batch(built: BuildResult) -> None:
     decoder = plan.programs[2]
     assert {"pts3d1", "pts3d2", "conf1", "conf2", "desc1", "desc2", "desc_conf1", "desc_conf2"} == decoder.outputs.keys()
     kinds = [step.label.split()[0] for step in decoder.steps]
+    parts = {kind: {step.part for step in decoder.steps if step.label.split()[0] == kind} for kind in kinds}
+    assert parts["Attention"] == parts["LayerNorm"] == {"decoders"}
+    assert parts["Conv"] == parts["Upsample"] == parts["PointHead"] == parts["DescriptorHead"] == {"heads"}
+    assert parts["Gemm"] == {"decoders", "heads"}
+    assert {step.part for program in plan.programs if program is not decoder for step in program.steps} == {""}
     assert kinds.count("PointHead") == kinds.count("DescriptorHead") == 1
-    assert "Elementwise" not in kinds or kinds.count("Elementwise") < 5
+    assert kinds.count("Elementwise") == 5, "casts of the features and of two streams for the heads; both tokens side by side"
     assert {name.partition(" ")[0] for name in kinds} <= {
         "Gemm", "Attention", "LayerNorm", "Conv", "Upsample", "PointHead", "DescriptorHead", "Elementwise"
     }  # fmt: skip

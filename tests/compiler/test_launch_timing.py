@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
+import numpy as np
 import pytest
 
 from smc.compiler import launch_timing
 from smc.compiler.kernel_cache import KernelCache
 from smc.compiler.launch_timing import REPEATS, Candidate, Operand, Timing, best, time_job, write_job
+from smc.exported.engines import cuda_launch, cuda_memory
 from smc.exported.engines.cuda_program import Pointer, decode_plan
 from smc.plugins.compile import Compiled
 from smc.plugins.elementwise.launches import default_tile, launches
@@ -44,6 +48,35 @@ def test_what_comes_from_memory_is_another_copy_every_time(tmp_path: Path, cold:
     xs, ys, outs = (set(column) for column in zip(*pointers, strict=True))
     assert (len(xs), len(ys), len(outs)) == (REPEATS if cold else 1, 1, 1)
     assert not xs & ys
+
+
+def test_what_says_what_there_is_to_do_is_kept_and_the_rest_is_noise_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a made-up GPU, whose memory is the host's."""
+    asked = replace(candidate(cold=False), operands=candidate().operands | {"count": Operand("int32", (2, 2), values=(7, 0, 1, 5))})
+    write_job([asked], 90, tmp_path, MadeUpKernels())
+    (program,) = decode_plan((tmp_path / "plan.json").read_bytes()).programs
+    memory = np.zeros(program.arena_bytes, np.uint8)
+    stream = SimpleNamespace(copy=lambda to, source, nbytes: ctypes.memmove(to, source, nbytes), synchronize=lambda: None)
+    graph = SimpleNamespace(launch=lambda stream: None)
+    for name, value in {
+        "use_device": lambda index: None,
+        "Stream": lambda: stream,
+        "device_pool": lambda: None,
+        "DeviceArray": lambda pool, shape, dtype: SimpleNamespace(address=memory.ctypes.data),
+        "elapsed": lambda stream, run: (run(), 64e-6)[1],
+    }.items():
+        monkeypatch.setattr(cuda_memory, name, value)
+    monkeypatch.setattr(cuda_launch, "Kernels", lambda code, kernels: None)
+    monkeypatch.setattr(cuda_launch, "capture", lambda program, kernels, bases, stream: graph)
+    (timing,) = time_job(tmp_path)
+    assert (timing.median, timing.failure) == (pytest.approx(64 / REPEATS), "")
+    held = {name: memory[region.offset :][: 4 * region.shape[-1]] for name, region in program.inputs.items()}
+    assert memory[program.inputs["count.0"].offset :][:16].view(np.int32).tolist() == [7, 0, 1, 5]
+    x, y = (held[name].view(np.float16)[:1000] for name in ("x.0", "y.0"))
+    assert np.isfinite(x).all()
+    assert 0.9 < x.std() < 1.1
+    assert 0.9 < y.std() < 1.1
+    assert abs(np.corrcoef(x, y)[0, 1]) < 0.2
 
 
 def test_copies_of_large_operands_do_not_fill_the_gpu(tmp_path: Path) -> None:

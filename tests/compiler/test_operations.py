@@ -56,13 +56,15 @@ def test_every_family_has_an_example() -> None:
 @pytest.mark.parametrize("sm", SMS)
 def test_the_default_tile_launches_everywhere(operation: Any, sm: int) -> None:
     tile = default_tile(operation, sm)
-    made = [] if isinstance(operation, Matching) else launches(operation, tile, sm)
+    made = launches(operation, tile, sm)
+    assert made
     for launch in made:
         assert min(launch.grid) >= 1
         assert len(launch.values) == len(launch.kernel.types)
-        assert launch.kernel.overlaps == (sm >= 90)
         assert sm >= 90 or not any(isinstance(value, Descriptor) for value in launch.values)
-    assert made or isinstance(operation, Matching)
+    # The first kernel of matching reads what is copied to the GPU just before it.
+    overlapping = made[1:] if isinstance(operation, Matching) else made
+    assert {launch.kernel.overlaps for launch in overlapping} == {sm >= 90}
 
 
 @pytest.mark.parametrize("operation", EXAMPLES.values(), ids=lambda operation: type(operation).__name__)
@@ -75,8 +77,6 @@ def test_every_tile_launches_or_says_why_not(operation: Any, sm: int) -> None:
     for tile in found:
         besides = workspace(operation, tile)
         assert all(math.prod(shape) > 0 for _, shape in besides.values())
-        if isinstance(operation, Matching):
-            continue
         try:
             made = launches(operation, tile, sm)
         except ValueError:
@@ -84,7 +84,7 @@ def test_every_tile_launches_or_says_why_not(operation: Any, sm: int) -> None:
         ran += 1
         named = {value.operand for launch in made for value in launch.values if isinstance(value, Address | Descriptor)}
         assert besides.keys() <= named
-    assert ran or isinstance(operation, Matching)
+    assert ran
 
 
 @pytest.mark.parametrize("operation", EXAMPLES.values(), ids=lambda operation: type(operation).__name__)

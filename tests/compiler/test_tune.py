@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from smc.compiler import tune
 from smc.compiler.kernel_cache import KernelCache
 from smc.compiler.launch_timing import Timing
-from smc.compiler.operations import default_tile
+from smc.compiler.operations import default_tile, tiles
 from smc.compiler.targets import TARGETS
-from smc.compiler.tuning import Tuning, describe
+from smc.compiler.tuning import Tuning, describe, tile_fields
 from smc.exported.engines import cuda_memory
 from smc.exported.engines.cuda_program import decode_plan
 from smc.exported.errors import BackendFailed, BadInput, UsageError
 from smc.plugins.gemm.specification import Gemm
+from smc.plugins.matching.specification import Matching
 from tests.compiler.lowering.compiling import MadeUpKernels
 from tests.compiler.small_stages import job
 
@@ -52,12 +55,28 @@ def test_every_operation_has_candidates(bundle: Path) -> None:
     found = entries(bundle / "job")
     assert len(found) == count
     kinds = {entry["operation"].partition(" ")[0] for entry in found}
-    assert {"Patches", "Gemm", "LayerNorm", "DescriptorHead"} <= kinds
+    assert {"Patches", "Gemm", "LayerNorm", "DescriptorHead", "Matching"} <= kinds
     assert len({(entry["operation"], entry["name"]) for entry in found}) == count, "each once"
     assert all("groups=2" in entry["operation"] for entry in found if "n=2048" in entry["operation"]), "both views' product"
     plan = decode_plan((bundle / "job" / "plan.json").read_bytes())
     assert len(plan.programs) == count
     assert [done for _, done in reports] == sorted(done for _, done in reports)
+
+
+def test_matching_is_timed_from_all_starting_points_of_the_usual_grid(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation = Matching((48, 64), (48, 64), 7)
+    monkeypatch.setattr(tune, "tiles", tiles)
+    tune.prepare(bundle, bundle / "job", bundle / "cache")
+    found = [entry for entry in entries(bundle / "job") if entry["operation"] == describe(operation)]
+    assert [entry["name"] for entry in found] == [json.dumps(tile_fields(tile)) for tile in tiles(operation, 90)]
+    plan = decode_plan((bundle / "job" / "plan.json").read_bytes())
+    for entry in found:
+        assert entry["values"].keys() == {"starts.0", "options.0"}
+        assert entry["values"]["options.0"] == [48, 0, 1, 0, 0, 0, 0, 0]
+        starts = np.array(entry["values"]["starts.0"]).reshape(plan.programs[entry["program"]].inputs["starts.0"].shape)
+        assert starts[0, :48].tolist() == [64 * y + x for y in range(4, 48, 8) for x in range(4, 64, 8)]
+        assert not starts[0, 48:].any()
+        assert not starts[1].any()
 
 
 def test_a_bundle_of_another_backend_has_nothing_to_tune(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -87,8 +106,6 @@ def timed(monkeypatch: pytest.MonkeyPatch, directory: Path, median: Answer, fail
 
 
 def test_the_fastest_tile_of_each_operation_is_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smc.compiler.operations import tiles
-
     monkeypatch.setattr(tune, "tiles", tiles)
     tune.prepare(bundle, bundle / "job", bundle / "cache")
     names = {entry["name"] for entry in entries(bundle / "job")}

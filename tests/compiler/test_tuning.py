@@ -14,6 +14,7 @@ from smc.exported.errors import BadInput
 from smc.plugins.conv.specification import Conv, contiguous
 from smc.plugins.elementwise.specification import Elementwise, View
 from smc.plugins.gemm.specification import Gemm
+from smc.plugins.matching.specification import Matching
 
 
 def product(m: int = 768, n: int = 1024, **changes: Any) -> Gemm:
@@ -86,9 +87,26 @@ def test_another_operation_is_not_similar(change: dict[str, Any]) -> None:
     assert Tuning(90, file(product())).tile(product(**change)) == default_tile(product(**change), 90)
 
 
+def test_other_types_of_bias_residual_and_result_are_similar_if_nothing_else_is() -> None:
+    given, wider = product(bias="float16", residual="float16"), product(bias="float32", residual="float32", out_dtype="float32")
+    assert Tuning(90, file(given)).tile(wider) == chosen(given)
+    known = file(given, replace(wider, m=1000))
+    known.tiles[describe(replace(wider, m=1000))].tile["warps"] = 2
+    assert Tuning(90, known).tile(wider).warps == 2
+    assert Tuning(90, file(product())).tile(product(residual="float32")) == default_tile(product(), 90)
+
+
 def test_a_batch_of_images_is_similar() -> None:
     assert Tuning(90, file(convolution())).tile(convolution(batch=2)) == chosen(convolution())
     assert Tuning(90, file(convolution())).tile(convolution(height=30)) == chosen(convolution())
+
+
+def test_matching_of_other_shapes_is_similar() -> None:
+    timed = Matching((384, 512), (384, 512))
+    assert Tuning(90, file(timed)).tile(timed) == chosen(timed)
+    assert Tuning(90, file(timed)).tile(Matching((288, 512), (512, 384))) == chosen(timed)
+    for other in (Matching((96, 128), (96, 128)), Matching((384, 512), (384, 512), 16)):
+        assert Tuning(90, file(timed)).tile(other) == default_tile(other, 90)
 
 
 def test_where_operands_lie_does_not_matter() -> None:

@@ -20,7 +20,7 @@ import smc
 from smc.compiler.build import BuildRequest, build
 from smc.compiler.targets import TARGETS
 from smc.exported.engines import DeviceEngine, MatchingEngine, MatchRequest, cuda_program, engine_for
-from smc.exported.engines.cuda_program import KernelCode, Plan, Program, Region, encode_plan
+from smc.exported.engines.cuda_program import KernelCode, Plan, Program, Region, Step, encode_plan
 from smc.exported.errors import BackendFailed, BadInput, BundleDamaged, BundleMismatch, OutOfMemory
 from smc.exported.images import to_unit_range
 from smc.exported.manifest import BackendInfo, Manifest, TargetInfo
@@ -155,6 +155,7 @@ class FakeGraph:
     def launch(self, stream: FakeStream) -> None:
         batch = next(iter(self.program.inputs.values())).shape[0]
         self.gpu.launches.append((self.program.stage, batch))
+        self.gpu.steps.append(self.program.steps)
         stream.queue.append(lambda: compute(self.program, self.base))
         self.gpu.meanwhile()
 
@@ -187,6 +188,7 @@ class FakeGpu:
         self.streams = 0
         self.captures: list[tuple[str, tuple[int, ...]]] = []
         self.launches: list[tuple[str, int]] = []
+        self.steps: list[tuple[Step, ...]] = []
         self.asked: list[tuple[Any, ...]] = []
         self.broken = self.refused = ""
         self.meanwhile: Callable[[], object] = lambda: None
@@ -563,6 +565,34 @@ def test_nothing_is_timed_in_memory_that_is_new(gpu: FakeGpu, engine: CudaEngine
         engine.match_features(features[:1], other, REQUEST)  # refused once the session has grown
     with pytest.raises(BadInput, match="the encoder has nothing"):
         encode(1)
+
+
+def in_parts() -> dict[str, memoryview]:
+    """The made-up plan with steps in its decoders, of two parts in two lanes."""
+    plan = made_up_plan()
+    parts = ("decoders", "heads", "decoders", "heads")
+    steps = tuple(Step(0, (1 + i, 1, 1), (), part=part, lane=i % 2, waits=(i - 1,) if i else ()) for i, part in enumerate(parts))
+    programs = tuple(msgspec.structs.replace(one, steps=steps) if one.stage == "decoder" else one for one in plan.programs)
+    return made_up_files() | {"plan.json": memoryview(encode_plan(msgspec.structs.replace(plan, programs=programs)))}
+
+
+def test_parts_of_a_stage_are_timed_one_launch_after_the_other(gpu: FakeGpu) -> None:
+    engine = CudaEngine(in_parts(), manifest())
+    sections = {section.name: section.replay for section in engine.sections(1, WIDE)}
+    assert list(sections) == ["encoder", "decoder", "decoder/decoders", "decoder/heads", "matcher"]
+    with pytest.raises(BadInput, match="the decoder has nothing to be timed on"):
+        sections["decoder/heads"](1)
+    for name, numbers in (("decoder", [1, 2, 3, 4]), ("decoder/decoders", [1, 3]), ("decoder/heads", [2, 4])):
+        engine.match_images(images(1)[0], images(2)[0], REQUEST)
+        gpu.steps.clear()
+        assert sections[name](2) == 3
+        assert [[step.grid[0] for step in steps] for steps in gpu.steps] == [numbers] * 2
+        assert name == "decoder" or all(step.lane == 0 and not step.waits for steps in gpu.steps for step in steps)
+    with pytest.raises(BadInput, match="the matcher has nothing"):  # the heads by themselves made other maps
+        sections["matcher"](1)
+    captured = len(gpu.captures)
+    assert {section.name: section.replay for section in engine.sections(1, WIDE)}["decoder/heads"](1) == 6
+    assert len(gpu.captures) == captured, "captured once"
 
 
 def test_sections_are_those_of_the_batch(gpu: FakeGpu, engine: CudaEngine) -> None:

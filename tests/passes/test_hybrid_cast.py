@@ -57,7 +57,7 @@ def islands(report: HybridCastReport) -> dict[str, str]:
 
 
 def block(constant_nodes: bool = False) -> onnx.ModelProto:
-    """x + fc2(gelu(fc1(norm(x)))), twice: a residual stream."""
+    """x + fc2(gelu(fc1(norm(x)))), twice: a residual stream. A norm and a product at its end."""
     b = Builder(constant_nodes=constant_nodes)
     x = b.input("x", ["n", 16])
     x = b.op("MatMul", x, weights(16, 16), name="embed")
@@ -66,7 +66,8 @@ def block(constant_nodes: bool = False) -> onnx.ModelProto:
         hidden = b.op("Gelu", b.op("MatMul", normed, weights(16, 64, seed=i), name=f"fc1_{i}"), name=f"gelu{i}")
         out = b.op("Add", b.op("MatMul", hidden, weights(64, 16, seed=i), name=f"fc2_{i}"), normal(16), name=f"bias{i}")
         x = b.op("Add", x, out, name=f"stream{i}")
-    b.output(b.op("LayerNormalization", x, np.ones(16, np.float32), name="last"))
+    normed = b.op("LayerNormalization", x, np.ones(16, np.float32), name="last")
+    b.output(b.op("MatMul", normed, weights(16, 4), name="head"))
     return b.model()
 
 
@@ -91,7 +92,7 @@ def test_everything_low_when_everything_fits(precision: str, tolerance: float, c
     graph, report = cast(model, precision)
     assert islands(report) == {}
     assert report.declined == []
-    assert report.rewrites == len(report.low) == 14
+    assert report.rewrites == len(report.low) == 15
     # One Cast at the input and one at the output: weights are constants of the type.
     assert report.casts == 2
     assert_close(model, graph, {"x": normal(7, 16)}, tolerance)
@@ -111,9 +112,37 @@ def test_a_stream_that_outgrows_float16_is_an_island_and_its_products_are_not() 
         "last": "its input stream1_out0 is float32",
     }
     assert {precision_of(graph, f"fc{i}_{j}") for i in (1, 2) for j in (0, 1)} == {FLOAT16}
-    # The input, the early stream and two branches into the island, and the normalised stream out of it.
-    assert report.casts == 5
+    # The input; the early stream and two branches into the island, and the normalised streams out of it; the output.
+    assert report.casts == 7
     assert_close(model, graph, {"x": normal(7, 16)})
+
+
+def test_residual_streams_in_float32() -> None:
+    model = block()
+    graph, report = cast(model, streams=True)
+    assert islands(report) == {
+        "stream0": "sums up a residual stream",
+        "norm1": "its input stream0_out0 is float32",
+        "stream1": "sums up a residual stream",
+        "last": "its input stream1_out0 is float32",
+    }
+    feed = {"x": normal(7, 16)}
+    (wanted,) = session(model).run(None, feed)
+    errors = [np.linalg.norm(GraphRunner(typed).run(feed)["head_out0"] - wanted) for typed in (graph, cast(model)[0])]
+    assert errors[0] < errors[1]
+    assert islands(cast(model, "fp16", streams=True)[1]) == {}
+
+
+def test_sums_that_are_no_residual_streams_stay_low() -> None:
+    """A bias before a norm; two branches that no norm reads."""
+    b = Builder()
+    x = b.input("x", ["n", 16])
+    shifted = b.op("Add", b.op("MatMul", x, weights(16, 16)), normal(16), name="bias")
+    normed = b.op("LayerNormalization", shifted, np.ones(16, np.float32), name="norm")
+    both = b.op("Add", b.op("MatMul", normed, weights(16, 16)), shifted, name="sum")
+    b.output(b.op("MatMul", both, weights(16, 4)))
+    _, report = cast(b.model(), streams=True)
+    assert islands(report) == {}
 
 
 def test_a_product_that_overflows_and_its_readers() -> None:
@@ -177,6 +206,34 @@ def test_transposed_convolutions_run_in_float16(precision: str) -> None:
 )
 def test_what_fits_float16(found: TensorRange, why: str | None) -> None:
     assert found.unfit_for_float16() == why
+
+
+def given_out(*, also_read: bool) -> onnx.ModelProto:
+    """norm(product), given out in another shape, as the encoder's features are."""
+    b = Builder()
+    x = b.op("MatMul", b.input("x", ["n", 16]), weights(16, 16), name="product")
+    normed = b.op("LayerNormalization", x, 1 + 0.1 * normal(16), normal(16), name="norm")
+    b.output(b.op("Reshape", normed, np.array([-1, 4, 4]), name="grid"))
+    if also_read:
+        b.output(b.op("MatMul", normed, weights(16, 4), name="reader"))
+    return b.model()
+
+
+def test_a_norm_that_is_given_out_is_not_rounded() -> None:
+    model = given_out(also_read=False)
+    graph, report = cast(model)
+    assert islands(report) == {"norm": "the graph gives out its result norm_out0, in float32"}
+    assert (precision_of(graph, "product"), precision_of(graph, "norm")) == (FLOAT16, FLOAT32)
+    assert report.casts == 2, "before the product and before the norm, none behind it"
+    assert_close(model, graph, {"x": normal(7, 16)})
+
+
+def test_a_norm_that_is_given_out_and_read_is_low() -> None:
+    model = given_out(also_read=True)
+    graph, report = cast(model)
+    assert islands(report) == {}
+    assert precision_of(graph, "norm") == FLOAT16
+    assert_close(model, graph, {"x": normal(7, 16)})
 
 
 @pytest.mark.parametrize(("scale", "fits"), [(1.0, True), (1e-3, True), (1e-6, False), (1e6, False)])

@@ -38,6 +38,13 @@ SMALL: dict[str, tuple[DescriptorHead, Tile]] = {
     "no padding": (contiguous(1, 1, 2, 3, 16, 4, desc16=True), Tile(16, 4)),
 }
 
+REAL: dict[str, DescriptorHead] = {
+    "a pair": contiguous(2, 1, 24, 32, 24, 16, desc16=True),
+    "desc alone": contiguous(2, 1, 24, 32, 24, 16),
+    "two pairs, float32": contiguous(2, 2, 14, 14, 24, 16, dtype="float32", desc16=True),
+}
+"""Of sizes of the public model."""
+
 
 def case(operation: DescriptorHead, tile: Tile, sm: int) -> Case:
     tokens = operation.batch * operation.h * operation.w

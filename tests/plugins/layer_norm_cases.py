@@ -55,6 +55,16 @@ SMALL: dict[str, tuple[LayerNorm, Tile]] = {
 MEAN = 30.0
 """Of x: where the variance is small beside the mean, E[x^2] - E[x]^2 loses it."""
 
+REAL: dict[str, LayerNorm] = {
+    "encoder": contiguous(1, 1536, 1024, **BOTH),
+    "decoder": contiguous(2, 768, 768, scale="float32", bias="float32"),
+    "one row": contiguous(1, 1, 768),
+    "float32": contiguous(2, 100, 768, **BOTH, dtype="float32", out_dtype="float32"),
+    "bfloat16": contiguous(2, 100, 1024, scale="bfloat16", bias="bfloat16", dtype="bfloat16", out_dtype="bfloat16"),
+    "into a concatenation": contiguous(2, 99, 768, **BOTH, out_row=1792, out_group=99 * 1792, out_offset=1024),
+}
+"""Of sizes of the public model."""
+
 
 def case(operation: LayerNorm, tile: Tile, sm: int) -> Case:
     shape = operation.groups, operation.rows, operation.channels

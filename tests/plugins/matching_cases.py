@@ -19,7 +19,7 @@ from smc.exported.engines.cuda_matching import CudaMatcher
 from smc.exported.engines.cuda_program import Program, Region
 from smc.exported.errors import BadInput
 from smc.exported.matching import fast_reciprocal_nn, match_confidence, reciprocal_nn_both_ways
-from smc.plugins.matching.launches import Tile, matching_launches, operands
+from smc.plugins.matching.launches import Tile, launches, operand_shapes, workspace
 from smc.plugins.matching.specification import Matching
 from tests.conformance import load_case
 from tests.plugins.launching import interpret, without_overlap
@@ -111,12 +111,12 @@ class OnTheCpu:
     """In place of a GPU: an arena of numpy memory, and a "graph" that interprets the launches."""
 
     def __init__(self, op: Matching, tile: Tile = TILE, sm: int = 90) -> None:
-        self._launches = [without_overlap(launch) for launch in matching_launches(op, tile, sm)]
+        self._launches = [without_overlap(launch) for launch in launches(op, tile, sm)]
         regions, end = {}, 0
         self._places = {}
-        for name, operand in operands(op, tile).items():
-            regions[name] = Region("arena", end, operand.dtype, operand.shape)
-            size = int(np.prod(operand.shape)) * np.dtype(operand.dtype).itemsize
+        for name, (dtype, shape) in (operand_shapes(op) | workspace(op, tile)).items():
+            regions[name] = Region("arena", end, dtype, shape)
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             self._places[name] = (end, size)
             end += -(-size // 256) * 256
         self.arena = np.full(end, 0xFF, np.uint8)  # NaN, and -1

@@ -39,6 +39,13 @@ SMALL: dict[str, tuple[Patches, Tile]] = {
     "one patch": (bytes_in(1, 16, 16, patch=16), Tile(2, 4)),
 }
 
+REAL: dict[str, Patches] = {
+    "bytes": bytes_in(2, 384, 512, patch=16),
+    "floats": floats_in(2, 384, 512, patch=16),
+    "half floats": floats_in(1, 224, 224, patch=16, dtype="float16"),
+}
+"""Of sizes of the public model."""
+
 
 def case(operation: Patches, tile: Tile, sm: int) -> Case:
     shape = (operation.batch, operation.height, operation.width, operation.channels)

@@ -74,6 +74,21 @@ def test_interpreted(interpreted: dict[str, tuple[float, float]], name: str) -> 
     assert ours <= 2 * plainly
 
 
+def test_the_activation_is_far_finer_than_float16() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.plugins.gelu_case"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    near, far = map(float, run.stdout.split())
+    assert near < 7e-7
+    assert far < 1e-30  # float64 itself is not 0 at -12
+
+
 # Ahead of time, with no GPU
 
 FULL = plain(2, 768, 2304, 768, bias="float16", rotary=Rotary(1536, 768, 32), residual="float32", out_relu=True)

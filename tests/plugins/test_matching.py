@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from smc.exported.errors import BadInput
 from smc.plugins.launch import Address, Descriptor
-from smc.plugins.matching.launches import INPUTS, OUTPUTS, default_tile, matching_launches, operands, tiles
+from smc.plugins.matching.launches import INPUTS, OUTPUTS, default_tile, launches, operand_shapes, tiles, workspace
 from smc.plugins.matching.specification import MAX_STARTS, Matching
 from tests.plugins.matching_cases import CASES, RESULTS, Case, Maps, answer, ask, difference, maps
 
@@ -47,17 +47,18 @@ def test_starting_points_at_once_are_those_of_the_usual_grid(shapes: Any, starts
 def test_the_launches_use_the_operands_within_their_sizes(sm: int) -> None:
     op = Matching((384, 512), (288, 512))
     for tile in tiles(op, sm):
-        memory = operands(op, tile)
-        assert {*INPUTS, *OUTPUTS} < set(memory)
-        launches = matching_launches(op, tile, sm)
-        assert len(launches) == 44
-        assert [launch.kernel.overlaps for launch in launches] == [False] + [sm >= 90] * 43
+        memory = operand_shapes(op) | workspace(op, tile)
+        assert {*INPUTS, *OUTPUTS} == set(operand_shapes(op))
+        made = launches(op, tile, sm)
+        assert len(made) == 44
+        assert [launch.kernel.overlaps for launch in made] == [False] + [sm >= 90] * 43
         used = set()
-        for value in (value for launch in launches for value in launch.values):
+        for value in (value for launch in made for value in launch.values):
             if isinstance(value, Address | Descriptor):
                 used.add(value.operand)
-                assert value.dtype == memory[value.operand].dtype
-                assert value.offset < np.prod(memory[value.operand].shape)
+                dtype, shape = memory[value.operand]
+                assert value.dtype == dtype
+                assert value.offset < np.prod(shape)
                 assert value.offset * np.dtype(value.dtype).itemsize % 16 == 0
         assert used == set(memory)
 
@@ -94,8 +95,7 @@ def test_every_interpreted_result_is_looked_at(interpreted: dict[str, str]) -> N
 
 @pytest.mark.parametrize("sm", [86, 90])
 def test_all_kernels_compile(sm: int) -> None:
-    launches = matching_launches(USUAL, default_tile(USUAL, sm), sm)
-    kernels = {launch.kernel for launch in launches}
+    kernels = {launch.kernel for launch in launches(USUAL, default_tile(USUAL, sm), sm)}
     assert len(kernels) == 8  # search and settle for either way, and four more
     for kernel in kernels:
         assert fits(compile_kernel(kernel, sm), sm)
@@ -103,7 +103,7 @@ def test_all_kernels_compile(sm: int) -> None:
 
 @pytest.mark.parametrize("sm", [80, 89, 120])
 def test_the_search_compiles(sm: int) -> None:
-    search = matching_launches(USUAL, default_tile(USUAL, sm), sm)[2]
+    search = launches(USUAL, default_tile(USUAL, sm), sm)[2]
     assert fits(compile_kernel(search.kernel, sm), sm)
 
 
@@ -122,8 +122,7 @@ def on_the_gpu(op: Matching, given: Maps) -> Any:
     cuda.use_device(device.index)
     sm = sm_number(device.sm)
     tile = default_tile(op, sm)
-    needed = {name: (operand.dtype, operand.shape) for name, operand in operands(op, tile).items()}
-    plan, code = assemble(matching_launches(op, tile, sm), needed, sm)
+    plan, code = assemble(launches(op, tile, sm), operand_shapes(op) | workspace(op, tile), sm)
     program = plan.programs[0]
     pool, stream = cuda.device_pool(), cuda.Stream()
     arena = cuda.DeviceArray(pool, (program.arena_bytes,), np.uint8)

@@ -22,9 +22,27 @@ def test_layer_norms_of_parts(offset: int, calls: list[str], bias: bool) -> None
 def test_a_layer_norm_of_float16_in_float32() -> None:
     b = Builder()
     x = b.op("Cast", half(b, b.input("x", [2, 3, 24])), to=1)
-    b.output(half(b, b.op("LayerNormalization", x, normal(24))), np.float16)
+    b.output(b.op("LayerNormalization", x, normal(24)))
     calls = check(b.model(), TOLERANCES[HALF])
     assert (calls[1].operation.dtype, calls[1].operation.out_dtype) == ("float16", "float32")
+
+
+def test_a_layer_norm_in_float32_that_is_cast() -> None:
+    b = Builder()
+    y = b.op("LayerNormalization", b.input("x", [2, 3, 24]), normal(24))
+    b.output(half(b, y), np.float16)
+    (call,) = check(b.model(), TOLERANCES[HALF])
+    assert (call.operation.dtype, call.operation.out_dtype) == ("float32", "float16")
+
+
+def test_a_layer_norm_that_is_read_in_two_types() -> None:
+    b = Builder()
+    y = b.op("LayerNormalization", b.input("x", [2, 3, 24]), normal(24))
+    b.output(y)
+    b.output(half(b, y), np.float16)
+    calls = check(b.model(), TOLERANCES[HALF])
+    assert kinds(calls) == ["LayerNorm", "copy"]
+    assert calls[0].operation.out_dtype == "float32"
 
 
 def test_a_layer_norm_whose_statistics_are_read_is_refused() -> None:
