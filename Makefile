@@ -7,10 +7,11 @@ DEMO := demo
 
 .PHONY: demo test test-fast bench lint clean
 
-demo: $(VENV)/.compile
-	$(BIN)/smc build --gpu cpu --random-weights 0 --model small --shape 512x384 --out exported/bundles/demo
+demo: $(VENV)/.compile,eval
+	$(BIN)/smc build --gpu cpu --checkpoint examples/pocket --shape 512x384 --out exported/bundles/demo
 	mkdir -p $(DEMO)
-	$(BIN)/smc match examples/graf1.png examples/graf3.png --bundle exported/bundles/demo --out $(DEMO)/matches.npz --viz $(DEMO)/matches.png
+	$(BIN)/smc match examples/graf1.png examples/graf3.png --bundle exported/bundles/demo \
+		--homography examples/H1to3p.xml --out $(DEMO)/matches.npz --viz $(DEMO)/matches.png
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup

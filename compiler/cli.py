@@ -137,6 +137,12 @@ def build(gpu: str, out: Path, shapes: Sequence[tuple[int, int]], no_wait: bool,
 @click.option("--out", type=click.Path(path_type=Path), help="Write the matches to this .npz file.")
 @click.option("--viz", type=click.Path(path_type=Path), help="Draw the matches to this picture.")
 @click.option(
+    "--homography",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Of a flat scene, the true homography: check the matches with it, and draw right ones green.",
+)
+@click.option(
     "--subsample", default=8, show_default=True, type=click.IntRange(1), help="Step of the grid of starting points, network pixels."
 )
 @click.option("--both-ways", is_flag=True, help="Start from grids in both images, and merge.")
@@ -154,12 +160,22 @@ def build(gpu: str, out: Path, shapes: Sequence[tuple[int, int]], no_wait: bool,
     help="Turn images upright by their EXIF orientation.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def match(image0: Path, image1: Path, bundle: Path, out: Path | None, viz: Path | None, as_json: bool, exif: Any, **options: Any) -> None:
+def match(
+    image0: Path,
+    image1: Path,
+    bundle: Path,
+    out: Path | None,
+    viz: Path | None,
+    homography: Path | None,
+    as_json: bool,
+    exif: Any,
+    **options: Any,
+) -> None:
     """Match two images."""
     from smc.compiler.match import match_files
 
     with _progress() as report, _warnings_to_stderr():
-        result = match_files(image0, image1, bundle, out=out, viz=viz, exif=exif, report=report, **options)
+        result = match_files(image0, image1, bundle, out=out, viz=viz, homography=homography, exif=exif, report=report, **options)
     if as_json:
         _print_json(result.summary())
     else:
@@ -168,6 +184,16 @@ def match(image0: Path, image1: Path, bundle: Path, out: Path | None, viz: Path 
             table.add_row(f"image {name}", f"{_printable(path.name)}, {size[0]}x{size[1]}")
         table.add_row("matches", f"{len(result.matches)}")
         table.add_row("time", ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in result.seconds.items()))
+        if result.plane is not None:
+            checked = result.plane.summary()
+            error = checked["corner_error"]
+            table.add_row("right", ", ".join(f"{100 * value:.1f} % within {name}" for name, value in checked["precision"].items()))
+            table.add_row(
+                "homography",
+                "could not be estimated"
+                if error is None
+                else f"from {checked['inliers']} matches that agree, corners {error:.2f} px from the truth on average",
+            )
         for name, path_written in (("written", out), ("picture", viz)):
             if path_written is not None:
                 table.add_row(name, _printable(str(path_written)))
@@ -321,6 +347,7 @@ def tune(bundle: Path | None, prepare: Path | None, candidates: Path | None, out
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Results, a line a pair; continued if it was begun.")
 @click.option("--limit", type=click.IntRange(1), help="Draw this many pairs from each data set.  [default: all]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of that draw, and of the robust estimation.")
+@click.option("--draws", default=1, show_default=True, type=click.IntRange(1), help="Estimate this often, with other samples, and average.")
 @click.option("--pose-threshold", default=1.0, show_default=True, type=POSITIVE, help="Largest epipolar error of an inlier, pixels.")
 @click.option("--homography-threshold", default=3.0, show_default=True, type=POSITIVE, help="Largest distance of an inlier, pixels.")
 @click.option(
@@ -344,6 +371,7 @@ def evaluate(
     out: Path | None,
     limit: int | None,
     seed: int,
+    draws: int,
     pose_threshold: float,
     homography_threshold: float,
     compare: tuple[Path, Path] | None,
@@ -386,6 +414,7 @@ def evaluate(
             out=out,
             limit=limit,
             seed=seed,
+            draws=draws,
             pose_threshold=pose_threshold,
             homography_threshold=homography_threshold,
         )

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from smc.compiler.output_files import replacing
+from smc.compiler.plane_check import PlaneCheck, check_plane, draw_check, read_truth
 from smc.exported.drawing import draw_matches
 from smc.exported.errors import CannotWrite, UsageError
 from smc.exported.images import ExifChoice, open_image
@@ -23,11 +24,12 @@ from smc.exported.matcher import Matches, load
 
 @dataclass(frozen=True)
 class MatchResult:
-    """`seconds`: wall time by stage."""
+    """`seconds`: wall time by stage. `plane`: the check against a homography, where one was given."""
 
     matches: Matches
     manifest: Manifest
     seconds: dict[str, float]
+    plane: PlaneCheck | None = None
 
     def summary(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -38,6 +40,7 @@ class MatchResult:
             "exif": self.matches.exif,
             "random_weights": self.manifest.random_weights,
             "seconds": self.seconds,
+            **({} if self.plane is None else {"homography": self.plane.summary()}),
         }
 
 
@@ -48,6 +51,7 @@ def match_files(
     *,
     out: Path | None,
     viz: Path | None,
+    homography: Path | None = None,
     exif: ExifChoice,
     report: Callable[[str, float], None],
     **options: Any,
@@ -59,6 +63,7 @@ def match_files(
         bundle: the bundle's directory.
         out: a `.npz` file for `Matches.arrays()`, or None.
         viz: a picture for the matches, or None.
+        homography: the true homography of a flat scene, to check the matches with, or None; for the pixels that `exif` names.
         exif: see `Matcher.match`.
         report: told what is being done.
         options: keyword arguments of `Matcher.match_features`.
@@ -67,6 +72,7 @@ def match_files(
         UsageError: an output's name has an ending that cannot be written.
         CannotWrite: an output cannot be written.
         DiskError: the disk is full.
+        NoTarget: a homography was given, and poselib is not installed.
         And what `load` and `Matcher.match` raise.
     """
     if out is not None and out.suffix != ".npz":
@@ -79,6 +85,7 @@ def match_files(
         if path is not None and os.path.isdir(path):  # unlike Path.is_dir, false for a name that is too long
             raise CannotWrite(f"{path} is a directory")
 
+    truth = None if homography is None else read_truth(homography)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -97,13 +104,16 @@ def match_files(
     with stage("decode and match", "decoding and matching"):
         matches = matcher.match_features(features0, features1, **options)
 
+    plane = None if truth is None else check_plane(matches, truth)
     if out is not None:
         with replacing(out) as temporary:
             np.savez(temporary, **matches.arrays())  # type: ignore[arg-type]  # numpy's stub reads every name as `allow_pickle`
     if viz is not None:
         with replacing(viz) as temporary:
-            _save_picture(draw_matches(open_image(image0, exif), open_image(image1, exif), matches), temporary)
-    return MatchResult(matches, matcher.manifest, seconds)
+            images = open_image(image0, exif), open_image(image1, exif)
+            picture = draw_matches(*images, matches) if plane is None else draw_check(*images, matches, plane)
+            _save_picture(picture, temporary)
+    return MatchResult(matches, matcher.manifest, seconds, plane)
 
 
 def _save_picture(picture: Image.Image, path: Path) -> None:

@@ -8,35 +8,49 @@ from pathlib import Path
 
 from smc.compiler.evaluation.pairs import PairSet, PosePair
 from smc.compiler.packages import require_packages
-from smc.exported.errors import UsageError
+from smc.exported.errors import NoTarget, UsageError
 
 SEED, SHAPE = 0, (384, 512)
 """Of the set that figures are reported on."""
 
 
-def held_out_scenes(path: Path, images: Path | None) -> PairSet:
+def held_out_scenes(path: Path, images: Path | None, device: str = "cpu") -> PairSet:
     """Scenes of `smc.compiler.scenes`.
 
     Args:
         path: how many, as text; a set's first pairs are those of a smaller set.
         images: the folder of held-out photographs to texture them with; None for textures of noise alone.
+        device: what renders them, "cpu" or "cuda". A kind of GPU has a set of its own, see `HeldOutPairs`.
 
     Raises:
         UsageError: `path` is no number.
-        NoTarget: torch is not installed.
+        NoTarget: torch is not installed, or there is no such device.
         InputMissing: there are no photographs.
     """
     if not str(path).isdecimal() or int(str(path)) == 0:
         raise UsageError(f"--data scenes:{path}: a number of pairs was expected, such as scenes:500")
-    require_packages("rendering scenes", ("torch",))
+    require_packages("rendering scenes", ("torch",) if device == "cpu" else ("torch", "triton"))
+    import torch
+
     from smc.compiler.scenes.pairs import HeldOutPairs
 
+    if device != "cpu" and not torch.cuda.is_available():
+        raise NoTarget("torch finds no GPU to render scenes on", fix="render on the CPU, which takes hours for 500 pairs: --device cpu")
     count = int(str(path))
-    state = hashlib.sha256(f"scenes {SEED} {SHAPE}".encode())
-    for file in sorted(images.iterdir()) if images is not None and images.is_dir() else []:
+    where = "cpu" if device == "cpu" else torch.cuda.get_device_name()
+    photographs = sorted(images.iterdir()) if images is not None and images.is_dir() else []
+    state = hashlib.sha256(f"scenes {SEED} {SHAPE} {where}".encode())
+    for file in photographs:
         state.update(file.name.encode() + b"\0" + file.read_bytes())
-    names = [f"scene{SEED}-{index:05d}" for index in range(count)]
-    return PairSet("scenes", "pose", names, InOrder(HeldOutPairs(count, SEED, SHAPE, images)).load, [], state.hexdigest())
+    return PairSet(
+        kind="scenes",
+        task="pose",
+        names=[f"scene{SEED}-{index:05d}" for index in range(count)],
+        load=InOrder(HeldOutPairs(count, SEED, SHAPE, images, device=device)).load,
+        files=[],
+        digest=state.hexdigest(),
+        origin=f"seed {SEED}, {SHAPE[1]}x{SHAPE[0]}, {len(photographs)} photographs, rendered on {where} by torch {torch.__version__}",
+    )
 
 
 class InOrder:

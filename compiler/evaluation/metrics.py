@@ -1,6 +1,7 @@
 """A data set's figures from its pairs' errors.
 
-Errors are (..., n): any number of resamples of n pairs at once. A pair of which nothing could be estimated has an infinite error.
+Columns are (..., n): any number of resamples of n pairs at once; errors are (..., n, d), of d draws of the estimator. Where nothing
+could be estimated, the error is infinite. Figures of errors are means over draws, as of evaluations of their own.
 """
 
 from __future__ import annotations
@@ -45,25 +46,26 @@ def accuracy(errors: Floats, threshold: float) -> Floats:
 
 def figures(task: Task, columns: Mapping[str, Floats]) -> dict[str, Floats]:
     """Figures by name, each (...,), from columns (..., n) as `columns_of` has them. All but "matches" are fractions of 1."""
-    errors = columns["error"]
+    errors = np.moveaxis(columns["error"], -1, 0)
     found: dict[str, Floats] = {}
     if task == "pose":
-        areas = auc(errors, POSE_DEGREES)
+        areas = [area.mean(0) for area in auc(errors, POSE_DEGREES)]
         found |= {f"AUC@{degrees}°": area for degrees, area in zip(POSE_DEGREES, areas, strict=True)}
         found["mean AUC"] = np.mean(areas, axis=0)
-        found["mAA"] = np.mean([accuracy(errors, degrees) for degrees in MAA_DEGREES], axis=0)
+        found["mAA"] = np.mean([accuracy(errors, degrees).mean(0) for degrees in MAA_DEGREES], axis=0)
     else:
-        found |= {f"AUC@{n} px": area for n, area in zip(HOMOGRAPHY_PIXELS, auc(errors, HOMOGRAPHY_PIXELS), strict=True)}
-        found |= {f"accuracy@{n} px": accuracy(errors, n) for n in HOMOGRAPHY_PIXELS}
+        areas = auc(errors, HOMOGRAPHY_PIXELS)
+        found |= {f"AUC@{n} px": area.mean(0) for n, area in zip(HOMOGRAPHY_PIXELS, areas, strict=True)}
+        found |= {f"accuracy@{n} px": accuracy(errors, n).mean(0) for n in HOMOGRAPHY_PIXELS}
     found |= {name: values.mean(-1) for name, values in columns.items() if name.startswith("precision@")}
     found["matches"] = columns["matches"].mean(-1)
     return found
 
 
 def columns_of(rows: Sequence[PairResult]) -> dict[str, Floats]:
-    """What figures are made of, (n,) each: error, matches, and the precisions that all pairs have."""
+    """What figures are made of: errors (n, draws), and (n,) each matches and the precisions that all pairs have."""
     columns = {
-        "error": np.array([np.inf if row.error is None else row.error for row in rows]),
+        "error": np.array([[np.inf if found.error is None else found.error for found in row.estimates] for row in rows]),
         "matches": np.array([row.matches for row in rows], np.float64),
     }
     measures = [name for name in rows[0].precision if all(name in row.precision for row in rows)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -112,6 +112,7 @@ class PairSet:
         files: the images that it needs, to be looked for before work begins.
         digest: of names and ground truth.
         scale: see `Scale`.
+        origin: what made the pairs, where they are the project's own.
     """
 
     kind: str
@@ -121,9 +122,15 @@ class PairSet:
     files: Sequence[Path]
     digest: str
     scale: Scale = OWN_SIZE
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def part(self, first: int, step: int) -> PairSet:
+        """Every `step`th pair from `first` on, for processes that share the work."""
+        indices = range(first, len(self), step)
+        return replace(self, names=[self.names[i] for i in indices], load=lambda index: self.load(indices[index]))
 
 
 def digest_of(pairs: Iterable[tuple[str, Sequence[Floats]]]) -> str:

@@ -8,17 +8,19 @@ import msgspec
 
 from smc.compiler.evaluation.pairs import Task
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class DataConfig(msgspec.Struct, frozen=True):
-    """A data set: its kind, how many pairs are taken of it, a digest of their names and ground truth, and what its pixels are."""
+    """A data set: its kind, how many pairs are taken of it, a digest of their names and ground truth, what its pixels are, and what
+    made it, where it is the project's own."""
 
     kind: str
     task: Task
     pairs: int
     digest: str
     scale: str
+    origin: str = ""
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -28,8 +30,8 @@ class Config(msgspec.Struct, frozen=True):
         matcher: what `PairMatcher.describe` says.
         data: the data sets.
         limit: pairs drawn from each data set, None for all.
-        seed: of that draw, and of the estimator's samples.
-        pose_threshold, homography_threshold: see `EvalRequest`.
+        seed: of that draw, and of the estimator's first draw.
+        draws, iterations, pose_threshold, homography_threshold: see `EvalRequest`.
         estimator: name and version.
     """
 
@@ -37,6 +39,8 @@ class Config(msgspec.Struct, frozen=True):
     data: list[DataConfig]
     limit: int | None
     seed: int
+    draws: int
+    iterations: int
     pose_threshold: float
     homography_threshold: float
     estimator: str
@@ -52,6 +56,22 @@ class Header(msgspec.Struct, frozen=True):
     machine: dict[str, str]
 
 
+class Estimate(msgspec.Struct, frozen=True):
+    """One robust estimate.
+
+    Attributes:
+        inliers: matches that agree with it.
+        error: degrees, the larger of rotation's and translation's; or of a homography the mean corner error in pixels. None where
+            nothing could be estimated.
+        rotation_error, translation_error: degrees, of a pose.
+    """
+
+    inliers: int = 0
+    error: float | None = None
+    rotation_error: float | None = None
+    translation_error: float | None = None
+
+
 class PairResult(msgspec.Struct, frozen=True):
     """A pair's line.
 
@@ -59,20 +79,14 @@ class PairResult(msgspec.Struct, frozen=True):
         kind: of data.
         name: of the pair.
         matches: how many there are.
-        inliers: of the estimate.
-        error: degrees, the larger of rotation's and translation's; or of a homography the mean corner error in pixels. None where
-            nothing could be estimated.
-        rotation_error, translation_error: degrees.
+        estimates: one a draw.
         precision: the fraction of matches that ground truth confirms, by measure; 0 where there are none.
-        seconds: wall time by stage.
+        seconds: wall time by stage, that of an estimate for one draw.
     """
 
     kind: str
     name: str
     matches: int
-    inliers: int
-    error: float | None
-    rotation_error: float | None
-    translation_error: float | None
+    estimates: list[Estimate]
     precision: dict[str, float]
     seconds: dict[str, float]

@@ -1,15 +1,16 @@
 """Pairs with exact correspondence, kept in files: held-out scenes that are to be evaluated on more than once.
 
-    python -m smc.compiler.evaluation.rendered --pairs 500 --photographs DIR --out FOLDER
+    python -m smc.compiler.evaluation.rendered --pairs 500 --photographs DIR --device cuda --out FOLDER
 
 renders them, and continues where it was interrupted; `--data rendered:FOLDER` evaluates on them. A file is a .npz of `image0`,
 `image1` uint8 (H, W, 3), `K0`, `K1` (3, 3), `T_0to1` (4, 4), and for the pixels of the first image `to1` float32 (H, W, 2), where
-each is in the second, and `seen` bool (H, W), whether it is seen there.
+each is in the second, and `seen` bool (H, W), whether it is seen there. `set.json` says what made them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smc.compiler.evaluation.arrays import read_arrays
+from smc.compiler.evaluation.held_out import held_out_scenes
 from smc.compiler.evaluation.pairs import Floats, ListedPair, PairSet, PosePair
-from smc.exported.errors import BadInput, CannotWrite, InputMissing, SmcError
+from smc.exported.errors import BadInput, CannotWrite, InputMissing, SmcError, UsageError
 
 JUMP = 4.0
 """Pixels by which the places of neighbours may differ for the surface between them to be whole."""
+
+RECORD = "set.json"
 
 SHAPES = {"K0": (3, 3), "K1": (3, 3), "T_0to1": (4, 4)}
 
@@ -38,7 +42,57 @@ def rendered(path: Path, images: Path | None) -> PairSet:
     state = hashlib.sha256()
     for file in files:
         state.update(file.name.encode() + b"\0" + file.read_bytes())
-    return PairSet("rendered", "pose", [file.stem for file in files], lambda index: read_pair(files[index]), files, state.hexdigest())
+    record = read_record(path)
+    return PairSet(
+        kind="rendered",
+        task="pose",
+        names=[file.stem for file in files],
+        load=lambda index: read_pair(files[index]),
+        files=files,
+        digest=state.hexdigest(),
+        origin=record.get("origin", ""),
+    )
+
+
+def read_record(folder: Path) -> dict[str, str]:
+    """What `set.json` of a folder holds: `origin`, and the `digest` of the scenes; nothing where there is none. Raises BadInput."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise BadInput(f"{folder / RECORD}: not a record of rendered pairs ({error})") from error
+    if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
+        raise BadInput(f"{folder / RECORD}: not a record of rendered pairs")
+    return record
+
+
+def render(count: int, photographs: Path | None, device: str, out: Path, report: Callable[[int], None] = lambda done: None) -> None:
+    """Render held-out scenes into files, but for those that are there. `report` is told how many there are.
+
+    Raises:
+        UsageError: the folder holds pairs of another set.
+        CannotWrite: it cannot be written.
+        And what `held_out_scenes` raises.
+    """
+    scenes = held_out_scenes(Path(str(count)), photographs, device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        record = read_record(out)
+        if record.get("digest", scenes.digest) != scenes.digest:
+            raise UsageError(
+                f"{out} holds pairs of another set: {record.get('origin')}",
+                fix="give the same --photographs and --device, or another --out",
+            )
+        (out / RECORD).write_text(json.dumps({"origin": scenes.origin, "digest": scenes.digest}) + "\n")
+        for index, name in enumerate(scenes.names):
+            if not (out / f"{name}.npz").exists():
+                pair = scenes.load(index)
+                assert isinstance(pair, PosePair)
+                write_pair(out / f"{name}.npz", pair)
+                report(index + 1)
+    except OSError as error:
+        raise CannotWrite(f"{out}: {error.strerror or error}") from error
 
 
 def read_pair(path: Path) -> ListedPair:
@@ -66,7 +120,7 @@ def write_pair(path: Path, pair: PosePair) -> None:
     to1, seen = pair.warp(np.column_stack([x.ravel(), y.ravel()]).astype(np.float64))
     temporary = path.with_name(f".{path.name}.part")
     with temporary.open("wb") as file:
-        np.savez_compressed(
+        np.savez(  # images of noise and texture: compressed they would be four fifths of this, and ten times as slow
             file,
             image0=pair.image0,
             image1=np.asarray(pair.image1),
@@ -106,24 +160,20 @@ def between_pixels(to1: Floats, seen: NDArray[np.bool_]) -> Callable[[Floats], t
 @click.command()
 @click.option("--pairs", default=500, show_default=True, type=click.IntRange(1))
 @click.option("--photographs", type=click.Path(path_type=Path), metavar="DIR", help="Held-out photographs for textures.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    type=click.Choice(["cpu", "cuda"]),
+    help="What renders. A kind of GPU has a set of its own; the CPU's is the same everywhere, to rounding.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER")
-def main(pairs: int, photographs: Path | None, out: Path) -> None:
+def main(pairs: int, photographs: Path | None, device: str, out: Path) -> None:
     """Render held-out scenes into files."""
-    from smc.compiler.evaluation.held_out import held_out_scenes
-
     try:
-        scenes = held_out_scenes(Path(str(pairs)), photographs)
-        out.mkdir(parents=True, exist_ok=True)
-        for index, name in enumerate(scenes.names):
-            if not (out / f"{name}.npz").exists():
-                pair = scenes.load(index)
-                assert isinstance(pair, PosePair)
-                write_pair(out / f"{name}.npz", pair)
-                click.echo(f"{index + 1} of {pairs}", err=True)
+        render(pairs, photographs, device, out, lambda done: click.echo(f"{done} of {pairs}", err=True))
     except SmcError as error:
         raise click.ClickException(f"{error}\nfix: {error.fix}" if error.fix else str(error)) from error
-    except OSError as error:
-        raise click.ClickException(str(CannotWrite(f"{out}: {error.strerror or error}"))) from error
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from smc.compiler.evaluation.geometry import (
 )
 from smc.compiler.evaluation.matchers import Correspondences, PairMatcher
 from smc.compiler.evaluation.pairs import Floats, HomographyPair, Image, PairSet
-from smc.compiler.evaluation.records import SCHEMA, Config, DataConfig, Header, PairResult
+from smc.compiler.evaluation.records import SCHEMA, Config, DataConfig, Estimate, Header, PairResult
 from smc.compiler.evaluation.results import open_results
 from smc.exported.errors import BadInput, UsageError
 from smc.exported.images import open_image
@@ -46,7 +46,9 @@ class EvalRequest:
         data: data sets, each of another kind.
         out: the file of results; one that the same evaluation has begun is continued.
         limit: pairs to draw from each data set, None for all.
-        seed: of that draw, and of the estimator's samples.
+        seed: of that draw, and of the estimator's first draw; its next ones have the next numbers.
+        draws: how often everything is estimated from the same matches, with other samples: what one draw finds is partly luck.
+        iterations: samples of an estimate, at most.
         pose_threshold: largest epipolar error of an inlier, pixels of the data set's scale.
         homography_threshold: largest distance of an inlier, likewise.
     """
@@ -56,6 +58,8 @@ class EvalRequest:
     out: Path
     limit: int | None = None
     seed: int = 0
+    draws: int = 1
+    iterations: int = estimate.ITERATIONS
     pose_threshold: float = 1.0
     homography_threshold: float = 3.0
 
@@ -84,15 +88,19 @@ def evaluate(request: EvalRequest, report: Progress = lambda description, fracti
     kinds = [data.kind for data in request.data]
     if len(set(kinds)) < len(kinds):
         raise UsageError(f"data sets {', '.join(kinds)}: each has to be of another kind", fix="evaluate them in runs of their own")
+    if request.draws < 1 or request.iterations < 1:
+        raise UsageError(f"{request.draws} draws of {request.iterations} iterations: at least 1 of each")
     chosen = [_chosen(data, request.limit, request.seed) for data in request.data]
     config = Config(
         matcher=request.matcher.describe(),
         data=[
-            DataConfig(data.kind, data.task, len(indices), data.digest, str(data.scale))
+            DataConfig(data.kind, data.task, len(indices), data.digest, str(data.scale), data.origin)
             for data, indices in zip(request.data, chosen, strict=True)
         ],
         limit=request.limit,
         seed=request.seed,
+        draws=request.draws,
+        iterations=request.iterations,
         pose_threshold=request.pose_threshold,
         homography_threshold=request.homography_threshold,
         estimator=f"poselib {estimate.version()}",
@@ -131,19 +139,16 @@ def _evaluate_pair(data: PairSet, index: int, request: EvalRequest) -> PairResul
     (height0, width0), (height1, width1) = image0.shape[:2], image1.shape[:2]
     resize0, resize1 = (resize_matrix(data.scale.factor(width, height)) for width, height in ((width0, height0), (width1, height1)))
     small0, small1 = transform(resize0, xy0), transform(resize1, xy1)
-    rotation = translation = error = None
-    inliers = 0
     precision: dict[str, float] = {}
+    seeds = range(request.seed, request.seed + request.draws)
     if isinstance(pair, HomographyPair):
         truth = resize1 @ pair.homography @ np.linalg.inv(resize0)
         precision = _pixel_precision(transfer_error(small0, small1, truth))
+        width, height = (side * data.scale.factor(width0, height0) for side in (width0, height0))
         start = time.perf_counter()
-        plane = estimate.homography(small0, small1, request.homography_threshold, request.seed)
-        seconds["estimate"] = time.perf_counter() - start
-        if plane is not None:
-            matrix, inliers = plane
-            error = corner_error(matrix, truth, *(side * data.scale.factor(width0, height0) for side in (width0, height0)))
-            error = error if np.isfinite(error) else None
+        planes = [estimate.homography(small0, small1, request.homography_threshold, seed, request.iterations) for seed in seeds]
+        seconds["estimate"] = (time.perf_counter() - start) / request.draws
+        estimates = [_judge_homography(found, truth, width, height) for found in planes]
     else:
         for name, intrinsics, width, height in (("first", pair.K0, width0, height0), ("second", pair.K1, width1, height1)):
             _check_centre(f"{data.kind} {pair.name}, {name} image", intrinsics, width, height)
@@ -153,14 +158,27 @@ def _evaluate_pair(data: PairSet, index: int, request: EvalRequest) -> PairResul
             precision = _pixel_precision(np.where(seen, distance, np.inf))
         squares = epipolar_error(xy0, xy1, pair.K0, pair.K1, pair.T_0to1)
         precision |= {name: _fraction(squares < limit) for name, limit in EPIPOLAR.items()}
+        cameras = resize0 @ pair.K0, resize1 @ pair.K1
         start = time.perf_counter()
-        pose = estimate.relative_pose(small0, small1, resize0 @ pair.K0, resize1 @ pair.K1, request.pose_threshold, request.seed)
-        seconds["estimate"] = time.perf_counter() - start
-        if pose is not None:
-            rotation = rotation_error(pose[0], pair.T_0to1[:3, :3])
-            translation = direction_error(pose[1], pair.T_0to1[:3, 3])
-            error, inliers = max(rotation, translation), pose[2]
-    return PairResult(data.kind, data.names[index], len(xy0), inliers, error, rotation, translation, precision, seconds)
+        poses = [estimate.relative_pose(small0, small1, *cameras, request.pose_threshold, seed, request.iterations) for seed in seeds]
+        seconds["estimate"] = (time.perf_counter() - start) / request.draws
+        estimates = [_judge_pose(found, pair.T_0to1) for found in poses]
+    return PairResult(data.kind, data.names[index], len(xy0), estimates, precision, seconds)
+
+
+def _judge_homography(found: tuple[Floats, int] | None, truth: Floats, width: float, height: float) -> Estimate:
+    if found is None:
+        return Estimate()
+    matrix, inliers = found
+    error = corner_error(matrix, truth, width, height)
+    return Estimate(inliers, error if np.isfinite(error) else None)
+
+
+def _judge_pose(found: tuple[Floats, Floats, int] | None, truth: Floats) -> Estimate:
+    if found is None:
+        return Estimate()
+    rotation, translation = rotation_error(found[0], truth[:3, :3]), direction_error(found[1], truth[:3, 3])
+    return Estimate(found[2], max(rotation, translation), rotation, translation)
 
 
 def _rgb(image: Image) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,9 +28,10 @@ class Summary(msgspec.Struct, frozen=True):
     Attributes:
         kind, task, scale: of the data set; errors in pixels are in those of the scale.
         pairs: how many.
-        failed: of how many nothing could be estimated.
-        median_error: over all pairs, degrees or pixels; None where more than half failed.
+        failed: of how many nothing could be estimated, in no draw.
+        median_error: over all pairs and draws, degrees or pixels; None where more than half failed.
         figures: by name; all but "matches" are fractions of 1.
+        spread: the standard deviation, between single draws, of the figures that depend on them; empty with one draw.
         seconds: medians by stage.
     """
 
@@ -41,6 +42,7 @@ class Summary(msgspec.Struct, frozen=True):
     failed: int
     median_error: float | None
     figures: dict[str, float]
+    spread: dict[str, float]
     seconds: dict[str, float]
 
 
@@ -73,15 +75,18 @@ def _summary(data: DataConfig, rows: list[PairResult]) -> Summary:
     columns = columns_of(rows)
     errors = columns["error"]
     median = float(np.median(errors))
+    by_draw = [figures(data.task, columns | {"error": errors[:, [draw]]}) for draw in range(errors.shape[1])]
+    spread = {name: float(np.std([found[name] for found in by_draw], ddof=1)) for name in by_draw[0]} if len(by_draw) > 1 else {}
     stages = dict.fromkeys(stage for row in rows for stage in row.seconds)
     return Summary(
         kind=data.kind,
         task=data.task,
         scale=data.scale,
         pairs=len(rows),
-        failed=int(np.isinf(errors).sum()),
+        failed=int(np.isinf(errors).all(1).sum()),
         median_error=median if np.isfinite(median) else None,
         figures={name: float(value) for name, value in figures(data.task, columns).items()},
+        spread={name: value for name, value in spread.items() if not name.startswith(("precision", "matches"))},
         seconds={stage: float(np.median([row.seconds[stage] for row in rows if stage in row.seconds])) for stage in stages},
     )
 
@@ -105,7 +110,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Comparison]:
         both = [name for name in names0 if (kind, name) in rows1]
         if both:
             columns0, columns1 = (columns_of([rows[kind, name] for name in both]) for rows in (rows0, rows1))
-            found = _differences(data.task, columns0, columns1, seed)
+            found = paired_differences(data.task, columns0, columns1, seed)
             comparisons.append(Comparison(kind, len(both), len(names0) - len(both), len(names1) - len(both), found))
     if not comparisons:
         raise UsageError(f"{first} and {second} have no pairs in common")
@@ -118,10 +123,15 @@ def _judging(config: Config, shared: dict[str, DataConfig]) -> Config:
     return msgspec.structs.replace(config, matcher={}, limit=None, data=data)
 
 
-def _differences(task: Task, columns0: dict[str, Floats], columns1: dict[str, Floats], seed: int) -> dict[str, Difference]:
+def paired_differences(task: Task, columns0: Mapping[str, Floats], columns1: Mapping[str, Floats], seed: int = 0) -> dict[str, Difference]:
+    """How the figures of two runs over the same pairs differ; `seed` is of the bootstrap.
+
+    The columns are those of `columns_of`, row by row of the same pair.
+    """
     whole0, whole1 = figures(task, columns0), figures(task, columns1)
     samples: dict[str, list[Floats]] = {}
-    for index in _resamples(len(columns0["error"]), seed):
+    count, draws = columns0["error"].shape
+    for index in _resamples(count, draws, seed):
         drawn0, drawn1 = (figures(task, {name: values[index] for name, values in columns.items()}) for columns in (columns0, columns1))
         for name in drawn0.keys() & drawn1.keys():
             samples.setdefault(name, []).append(drawn1[name] - drawn0[name])
@@ -134,9 +144,9 @@ def _differences(task: Task, columns0: dict[str, Floats], columns1: dict[str, Fl
     return found
 
 
-def _resamples(count: int, seed: int) -> Iterator[np.ndarray[tuple[int, int], np.dtype[np.int64]]]:
+def _resamples(count: int, draws: int, seed: int) -> Iterator[np.ndarray[tuple[int, int], np.dtype[np.int64]]]:
     """Indices (B, count) of pairs drawn with replacement, `RESAMPLES` rows in all."""
     random = np.random.default_rng(seed)
-    rows = max(1, BLOCK // count)
+    rows = max(1, BLOCK // (count * draws))
     for begin in range(0, RESAMPLES, rows):
         yield random.integers(0, count, (min(rows, RESAMPLES - begin), count))

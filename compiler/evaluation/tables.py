@@ -15,7 +15,8 @@ def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
         failed = f", {summary.failed} without an estimate" if summary.failed else ""
         table = _table(f"{summary.kind}: {_pairs(summary.pairs)}{failed}, {summary.scale}", "", "")
         for name, value in summary.figures.items():
-            table.add_row(name, _value(name, value))
+            spread = f" ± {100 * summary.spread[name]:.2f} between draws" if name in summary.spread else ""
+            table.add_row(name, _value(name, value) + spread)
         unit = "°" if summary.task == "pose" else " px"
         table.add_row("median error", "none" if summary.median_error is None else f"{summary.median_error:.3g}{unit}")
         for stage, seconds in summary.seconds.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,18 +59,43 @@ class PairBatch:
         """(B, 4, 4), from camera 1's frame to camera 2's."""
         return self.cameras[1].world_to_camera() @ torch.linalg.inv(self.cameras[0].world_to_camera())
 
+    def swapped(self) -> PairBatch:
+        """The same pairs seen the other way round: image 2 first, points in its camera's frame."""
+        pose = self.relative_pose()
+        turn, shift = pose[:, :3, :3].transpose(1, 2), pose[:, None, :3, 3]
+
+        def in_other(points: Tensor, valid: Tensor) -> Tensor:
+            moved = (points.flatten(1, 2) @ turn + shift).view_as(points)
+            return torch.where(valid[..., None], moved, 0.0)
+
+        first, second = (in_other(*both) for both in zip(self.points, self.valid, strict=True))
+        return dataclasses.replace(
+            self,
+            images=self.images[::-1],
+            cameras=self.cameras[::-1],
+            points=(second, first),
+            depth=self.depth[::-1],
+            valid=self.valid[::-1],
+        )
+
 
 def draw_batch(
-    generator: Generator, textures: Textures, count: int, height: int, width: int, difficulty: Difficulty | None = None
+    generator: Generator,
+    textures: Textures,
+    count: int,
+    height: int,
+    width: int,
+    difficulty: Difficulty | None = None,
+    compiled: bool = False,
 ) -> PairBatch:
-    """`count` new pairs on the generator's device."""
+    """`count` new pairs on the generator's device. `compiled`: see `render`."""
     scenes, one, other, shared = draw_pairs(generator, count, height, width, textures.count, difficulty or Difficulty())
     # Another sun for the second image of some pairs: its direction alone, the geometry stays.
     moved = torch.nn.functional.normalize(scenes.light + uniform(generator, count, 3, low=-0.8, high=0.8), dim=-1)
     light = torch.where(uniform(generator, count, 1) < RELIGHT, moved, scenes.light)
     relit = Scenes(**(vars(scenes) | {"light": light}))
 
-    images = tuple(expose(generator, render(s, textures, c, height, width)) for s, c in ((scenes, one), (relit, other)))
+    images = tuple(expose(generator, render(s, textures, c, height, width, compiled)) for s, c in ((scenes, one), (relit, other)))
     xy = pixel_grid(height, width, height, width, generator.device).expand(count, -1, -1)
     points, depths, valids = [], [], []
     for camera in (one, other):
@@ -110,9 +136,10 @@ class HeldOutPair:
 
 
 class HeldOutPairs:
-    """The evaluation set: scenes of seeds, and photographs of a set, that training never sees. The same on every machine, to rounding.
+    """The evaluation set: scenes of seeds, and photographs of a set, that training never sees.
 
-    Iterating draws the pairs anew each time, `CHUNK` at once, on the CPU.
+    Iterating draws the pairs anew each time, `CHUNK` at once. On the CPU they are the same on every machine, to rounding. A GPU has a set
+    of its own: torch draws other numbers there from the same seed, and they may depend on the kind of GPU.
     """
 
     CHUNK = 10
@@ -126,15 +153,17 @@ class HeldOutPairs:
         difficulty: Difficulty | None = None,
         textures: int = 96,
         texture_side: int = 512,
+        device: str = "cpu",
     ) -> None:
         """`photographs_folder` is the `held-out` folder of packed photographs; without one, all textures are noise.
 
-        `textures` of `texture_side` texels are drawn for each chunk.
+        `textures` of `texture_side` texels are drawn for each chunk, on `device`, "cpu" or "cuda"; the pairs come to the host.
         """
         self.count, self.seed, self.shape = count, seed, shape
         self.difficulty = difficulty or Difficulty()
         self.textures, self.texture_side = textures, texture_side
-        self._photographs = None if photographs_folder is None else photographs.load(photographs_folder, torch.device("cpu"))
+        self.device = torch.device(device)
+        self._photographs = None if photographs_folder is None else photographs.load(photographs_folder, self.device)
 
     def __len__(self) -> int:
         return self.count
@@ -142,7 +171,7 @@ class HeldOutPairs:
     def __iter__(self) -> Iterator[HeldOutPair]:
         for start in range(0, self.count, self.CHUNK):
             # A generator a chunk: the first pairs of a long set are those of a short one.
-            generator = Generator().manual_seed(HELD_OUT_SEED + (self.seed << 20) + start)
+            generator = Generator(self.device).manual_seed(HELD_OUT_SEED + (self.seed << 20) + start)
             textures = draw_textures(generator, self._photographs, self.textures, self.texture_side)
             batch = draw_batch(generator, textures, self.CHUNK, *self.shape, self.difficulty)
             for i in range(min(self.CHUNK, self.count - start)):
@@ -150,22 +179,23 @@ class HeldOutPairs:
 
 
 def _held_out_pair(batch: PairBatch, i: int, name: str) -> HeldOutPair:
-    index = torch.tensor([i])
+    device = batch.overlap.device
+    index = torch.tensor([i], device=device)
     scenes, one, other = pick(batch.scenes, index), pick(batch.cameras[0], index), pick(batch.cameras[1], index)
     shape = batch.shape
 
     def warp_pixels(xy: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        found, visible = warp(scenes, one, other, torch.as_tensor(xy, dtype=torch.float32)[None], *shape)
-        return found[0].numpy(), visible[0].numpy()
+        found, visible = warp(scenes, one, other, torch.as_tensor(xy, dtype=torch.float32, device=device)[None], *shape)
+        return found[0].cpu().numpy(), visible[0].cpu().numpy()
 
-    image0, image1 = (image[i].permute(1, 2, 0).contiguous().numpy() for image in batch.images)
+    image0, image1 = (image[i].permute(1, 2, 0).cpu().contiguous().numpy() for image in batch.images)
     return HeldOutPair(
         name=name,
         image0=image0,
         image1=image1,
-        K0=one.intrinsics()[0].double().numpy(),
-        K1=other.intrinsics()[0].double().numpy(),
-        T_0to1=batch.relative_pose()[i].double().numpy(),
+        K0=one.intrinsics()[0].cpu().double().numpy(),
+        K1=other.intrinsics()[0].cpu().double().numpy(),
+        T_0to1=batch.relative_pose()[i].cpu().double().numpy(),
         overlap=float(batch.overlap[i]),
         warp=warp_pixels,
     )

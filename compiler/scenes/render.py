@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +17,21 @@ RAYS = 2
 """Rays of a pixel along each side."""
 
 
-def render(scenes: Scenes, textures: Textures, cameras: Cameras, height: int, width: int) -> Tensor:
-    """Light that reaches each pixel, (B, 3, H, W) in [0, 1]: no camera's faults yet."""
+def render(scenes: Scenes, textures: Textures, cameras: Cameras, height: int, width: int, compiled: bool = False) -> Tensor:
+    """Light that reaches each pixel, (B, 3, H, W) in [0, 1]: no camera's faults yet.
+
+    `compiled`: shade in one program of torch.compile's, which pays when many images of one size are made.
+    """
     count = len(cameras.focal)
     xy = pixel_grid(height, width, RAYS * height, RAYS * width, cameras.focal.device).expand(count, -1, -1)
     hits = cast(scenes, cameras, xy)
-    colours = shade(scenes, textures, cameras, xy, hits)
+    colours = (compiled_shade() if compiled else shade)(scenes, textures, cameras, xy, hits)
     return F.avg_pool2d(colours.transpose(1, 2).reshape(count, 3, RAYS * height, RAYS * width), RAYS)
+
+
+@functools.cache
+def compiled_shade() -> Callable[..., Tensor]:
+    return torch.compile(shade, dynamic=False)
 
 
 def shade(scenes: Scenes, textures: Textures, cameras: Cameras, xy: Tensor, hits: Hits) -> Tensor:

@@ -18,6 +18,7 @@ def main() -> None:
     length.add_argument("--minutes", type=float, help="length of the run, start-up and earlier parts included")
     length.add_argument("--steps", type=int, help="length of the run")
     parser.add_argument("--model", default="pocket", help="a preset or a config.json [default: pocket]")
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="weights to begin with, of the same model [default: random ones]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run the network without torch.compile")

@@ -15,7 +15,12 @@ from smc.compiler.model import Mast3r, PredictionHead
 
 
 def initialise(network: Mast3r) -> None:
-    """As vision transformers are: uniform weights of Glorot's scale, biases 0. Convolutions keep torch's own."""
+    """As vision transformers are: uniform weights of Glorot's scale, biases 0. Convolutions keep torch's own.
+
+    But for the descriptors' last layer: it starts with the same weights for all pixels of a patch. With weights of their own, a pixel's
+    descriptor tells at first where in its patch the pixel is, whatever the patch shows, and InfoNCE stays at the logarithm of the number
+    of negatives for as long as anybody has waited (600 steps of pairs that are easy); from equal ones it falls in the first hundred.
+    """
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -29,6 +34,8 @@ def initialise(network: Mast3r) -> None:
         assert last.bias is not None
         with torch.no_grad():
             last.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))  # points start in front of the camera
+            by_pixel = head.head_local_features.fc2.weight.unflatten(0, (-1, network.config.patch_size**2))
+            by_pixel.copy_(by_pixel[:, :1].clone().expand_as(by_pixel))
 
 
 def compile_parts(network: Mast3r) -> None:
@@ -54,11 +61,12 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def trainable_functions(device: torch.device) -> Iterator[None]:
-    """Within, the model's attention is torch's fused one, and its rotation tables, written to be made anew for export, are kept.
+    """Within, the model's attention is torch's fused one, its rotation tables, written to be made anew for export, are kept, and the
+    activations of its outputs are float32 whatever comes in.
 
     It exchanges functions of the module `model`, so nothing else may use that module meanwhile.
     """
-    make, attend = model.rope_2d, model.attention
+    make, attend, to_points, to_confidence = model.rope_2d, model.attention, model.activate_points, model.activate_confidence
     tables: dict[Any, model.Rotation] = {}
 
     def kept(*key: Any) -> model.Rotation:
@@ -68,16 +76,18 @@ def trainable_functions(device: torch.device) -> Iterator[None]:
         return tables[key]
 
     model.rope_2d, model.attention = kept, _fused_attention  # type: ignore[assignment]  # it forgets the arguments' names
+    model.activate_points = lambda xyz, kind: to_points(xyz.float(), kind)
+    model.activate_confidence = lambda x, mode: to_confidence(x.float(), mode)
     try:
         yield
     finally:
-        model.rope_2d, model.attention = make, attend
+        model.rope_2d, model.attention, model.activate_points, model.activate_confidence = make, attend, to_points, to_confidence
 
 
 def forward(network: Mast3r, images: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """uint8 images (B, 3, H, W) of one size -> the maps of `Mast3r.decode`, float32.
 
-    On a GPU the blocks run in bfloat16, which needs no loss scaling; the heads, whose outputs are exponentials, in float32.
+    On a GPU it runs in bfloat16, which needs no loss scaling, but for the outputs' activations.
     """
     device = images[0].device
     pairs = len(images[0])
@@ -85,9 +95,9 @@ def forward(network: Mast3r, images: tuple[Tensor, Tensor]) -> dict[str, Tensor]
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         features = network.encode(stacked)
         tokens = network.decode_tokens(features[:pairs], features[pairs:])
-    maps: dict[str, Tensor] = {}
-    heads: tuple[PredictionHead, PredictionHead] = (network.downstream_head1, network.downstream_head2)
-    for view, head, levels in zip((1, 2), heads, tokens, strict=True):
-        found = head([levels[i].float() for i in network.config.dpt_hooks], features.shape[1], features.shape[2])
-        maps |= {f"{name}{view}": value for name, value in found.items()}
+        maps: dict[str, Tensor] = {}
+        heads: tuple[PredictionHead, PredictionHead] = (network.downstream_head1, network.downstream_head2)
+        for view, head, levels in zip((1, 2), heads, tokens, strict=True):
+            found = head([levels[i] for i in network.config.dpt_hooks], features.shape[1], features.shape[2])
+            maps |= {f"{name}{view}": value.float() for name, value in found.items()}
     return maps

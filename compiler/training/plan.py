@@ -42,8 +42,8 @@ EASY_UNTIL, EASY_ANGLE, EASY_OVERLAP = 0.15, 15.0, 0.5
 """Views start 15 degrees apart with half of each image shared, where copying from the same place is nearly right, and reach the full
 difficulty when 15% of the run is over."""
 
-PEAK_LR, WARM_UP, FINAL_LR = 1e-3, 0.03, 0.01
-"""The learning rate rises to its peak over 3% of the run and falls along a cosine to 1% of it."""
+PEAK_LR, WARM_UP_STEPS, FINAL_LR = 1e-3, 200, 0.01
+"""The learning rate rises to its peak over 200 steps and falls along a cosine to 1% of it at the end."""
 
 
 def phase_at(progress: float, phases: tuple[Phase, ...]) -> Phase:
@@ -59,8 +59,7 @@ def difficulty_at(progress: float) -> Difficulty:
     )
 
 
-def lr_at(progress: float) -> float:
-    if progress < WARM_UP:
-        return PEAK_LR * max(progress / WARM_UP, 0.01)
-    along = min((progress - WARM_UP) / (1 - WARM_UP), 1.0)
-    return PEAK_LR * (FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * along)) / 2)
+def lr_at(progress: float, step: int) -> float:
+    # By steps, not by the share of the run: compilation takes a good part of a short run's first minute.
+    warm = min((step + 1) / WARM_UP_STEPS, 1.0)
+    return PEAK_LR * warm * (FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)

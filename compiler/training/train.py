@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from smc.compiler.checkpoint import load_checkpoint
 from smc.compiler.config import ModelConfig
 from smc.compiler.model import Mast3r
 from smc.compiler.scenes import photographs
+from smc.compiler.scenes.draw import Difficulty
 from smc.compiler.scenes.geometry import pixel_grid
 from smc.compiler.scenes.pairs import HELD_OUT_SEED, PairBatch, draw_batch
 from smc.compiler.scenes.textures import Textures, draw_textures
@@ -46,7 +49,9 @@ class Options:
         photographs: packed photographs, `training` and `held-out`; None for textures of noise alone.
         minutes: length of the run, start-up and earlier parts included; None to go by `steps`.
         steps: its length where there is no time limit.
-        seed: of the weights and of every step's scenes.
+        start: a checkpoint's folder, whose weights the run begins with; then views are far apart from the first step. None for
+            random weights.
+        seed: of the random weights and of every step's scenes.
         device: "cuda" or "cpu".
         compile: whether to compile the network.
         phases: the curriculum.
@@ -61,6 +66,7 @@ class Options:
     photographs: Path | None
     minutes: float | None = None
     steps: int | None = None
+    start: Path | None = None
     seed: int = 0
     device: str = "cuda"
     compile: bool = True
@@ -69,7 +75,7 @@ class Options:
     texture_side: int = 512
     refresh: int = 200
     save_minutes: float = 2.0
-    evaluate_steps: int = 500
+    evaluate_steps: int = 1000
     log_steps: int = 25
     evaluated: int = 64
 
@@ -88,13 +94,15 @@ class Run:
         self._started = time.monotonic() if started is None else started
         options.out.mkdir(parents=True, exist_ok=True)
         if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
 
         torch.manual_seed(options.seed)
         network = Mast3r(options.config)
         initialise(network)
+        self._origin: dict[str, Any] | None = None
+        if options.start is not None:
+            self._origin = self._begin_with(options.start, network)
         self.network = network.to(self.device)
         self.average = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
         decayed = [p for p in self.network.parameters() if p.ndim > 1]
@@ -112,6 +120,7 @@ class Run:
         folder = options.photographs
         self._photographs = None if folder is None else photographs.load(folder / "training", self.device)
         self._textures: tuple[int, Textures] | None = None
+        self._drawn: tuple[int, PairBatch] | None = None
         self._held_out: dict[Shape, PairBatch] = {}
         # Scenes are drawn on a stream of their own: their making overlaps with training, and waiting for it does not wait for that.
         self._stream = torch.cuda.Stream() if self.device.type == "cuda" else None
@@ -136,7 +145,7 @@ class Run:
             batch = self._draw(self.step)
             while self.progress < 1 and self.step != last:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = lr_at(self.progress)
+                    group["lr"] = lr_at(self.progress, self.step)
                 losses = self._backward(batch)
                 self.pairs += len(batch.overlap)
                 batch = self._draw(self.step + 1)  # while the GPU works on this one
@@ -158,6 +167,7 @@ class Run:
         size = save_model(options.out, options.config, self.average)
         record = {
             "seed": options.seed,
+            "start": self._origin,
             "steps": self.step,
             "pairs": self.pairs,
             "minutes": round(self.elapsed / 60, 2),
@@ -175,6 +185,7 @@ class Run:
             {
                 "config": options.config.to_json(),
                 "seed": options.seed,
+                "start": self._origin,
                 "step": self.step,
                 "pairs": self.pairs,
                 "elapsed": self.elapsed,
@@ -190,14 +201,25 @@ class Run:
         state = load_state(self.options.out, self.device)
         if state is None:
             return
-        if state["config"] != self.options.config.to_json() or state["seed"] != self.options.seed:
+        own = {"config": self.options.config.to_json(), "seed": self.options.seed, "start": self._origin}
+        if any(state[name] != value for name, value in own.items()):
             raise BadInput(
-                f"{self.options.out} holds a run of another model or seed", fix="give another --out, or that run's own --model and --seed"
+                f"{self.options.out} holds a run of another model, seed or start",
+                fix="give another --out, or that run's own --model, --seed and --start",
             )
         self.network.load_state_dict(state["network"])
         self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.pairs, self.skipped, self._earlier = (state[name] for name in ("step", "pairs", "skipped", "elapsed"))
+
+    def _begin_with(self, folder: Path, network: Mast3r) -> dict[str, Any]:
+        """Load a checkpoint into the network. Returns what the record says of it: its sum, and its own record where it has one."""
+        weights = load_checkpoint(folder)
+        if weights.config != self.options.config:
+            raise BadInput(f"{folder} holds another model", fix="give the --model that it was trained as")
+        network.load_state_dict(weights.tensors)
+        record = folder / RECORD
+        return {"sha256": weights.sha256, "training": json.loads(record.read_text()) if record.exists() else None}
 
     def _generator(self, seed: int) -> Generator:
         return Generator(self.device).manual_seed(seed)
@@ -213,15 +235,25 @@ class Run:
             return self._draw_now(step)
 
     def _draw_now(self, step: int) -> PairBatch:
+        """Every pair serves two steps running, the second time the other way round: to the model, whose views differ, another pair."""
+        first = step - step % 2
+        if self._drawn is None or self._drawn[0] != first:
+            self._drawn = first, self._draw_new(first)
+        return self._drawn[1] if step == first else self._drawn[1].swapped()
+
+    def _draw_new(self, step: int) -> PairBatch:
         options = self.options
         epoch = step // options.refresh
         if self._textures is None or self._textures[0] != epoch:
             generator = self._generator(self._seed(epoch, 1))
             self._textures = epoch, draw_textures(generator, self._photographs, options.textures, options.texture_side)
         phase = phase_at(self.progress, options.phases)
-        height, width = phase.shapes[step % len(phase.shapes)]
+        height, width = phase.shapes[step // 2 % len(phase.shapes)]
         generator = self._generator(self._seed(step, 0))
-        return draw_batch(generator, self._textures[1], phase.pairs, height, width, difficulty_at(self.progress))
+        return draw_batch(generator, self._textures[1], phase.pairs, height, width, self._difficulty(), options.compile)
+
+    def _difficulty(self) -> Difficulty:
+        return difficulty_at(self.progress) if self.options.start is None else Difficulty()
 
     def _backward(self, batch: PairBatch) -> dict[str, Tensor]:
         """Gradients of one batch; the losses."""
@@ -279,7 +311,9 @@ class Run:
         own = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         self.network.load_state_dict(self.average)
         try:
-            metrics = evaluate(self.network, self._held_out[shape])
+            # Compiled parts would be compiled anew for these shapes and for running without gradients.
+            with torch.compiler.set_stance("force_eager"):
+                metrics = evaluate(self.network, self._held_out[shape])
         finally:
             self.network.load_state_dict(own)
         append_log(self.options.out, {"step": self.step, "seconds": round(self.elapsed, 2), "shape": list(shape), **metrics})

@@ -578,7 +578,7 @@ from smc.compiler import cli, match
 from smc.exported.matcher import Matches
 none = np.empty((0, 2), np.float32)
 manifest = SimpleNamespace(random_weights=False)
-result = SimpleNamespace(matches=Matches(none, none, none[:, 0], (1, 1), (1, 1), "apply"), seconds={}, manifest=manifest)
+result = SimpleNamespace(matches=Matches(none, none, none[:, 0], (1, 1), (1, 1), "apply"), seconds={}, manifest=manifest, plane=None)
 match.match_files = lambda *arguments, **options: result
 cli.main(["match", "gr\\u00f6\\u00dfe\\u6df1", "b", "--bundle", "c"])
 """

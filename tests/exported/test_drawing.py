@@ -75,6 +75,14 @@ def test_the_hue_runs_with_the_position_in_the_first_image() -> None:
     assert hues == pytest.approx([0.02, 0.404, 0.78], abs=0.01)
 
 
+def test_colours_may_be_given_match_by_match() -> None:
+    images = grey_images((100, 80), (100, 80))
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    rows = [(90.0, 70.0, 90.0, 70.0), (50.0, 40.0, 50.0, 40.0), (10.0, 10.0, 10.0, 10.0)]
+    picture = draw_matches(*images, matches_of(rows, [1.0, 3.0, 2.0]), colors=colors)
+    assert [picture.getpixel((100, round(y))) for _, y, _, _ in rows] == colors
+
+
 @pytest.mark.parametrize("corner", [(-0.49, -0.49), (99.49, -0.49), (-0.49, 79.49), (99.49, 79.49)])
 def test_points_at_the_edges(corner: tuple[float, float]) -> None:
     images = grey_images((100, 80), (100, 80))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smc.compiler.evaluation.metrics import accuracy, auc, columns_of, figures
-from smc.compiler.evaluation.records import PairResult
+from smc.compiler.evaluation.records import Estimate, PairResult
 
 
 def area_by_hand(errors: list[float], threshold: float) -> float:
@@ -63,5 +63,15 @@ def test_figures_of_homographies_by_hand() -> None:
     assert "mAA" not in found
 
 
-def row(name: str, error: float | None, matches: int, precision: float) -> PairResult:
-    return PairResult("planted", name, matches, 0, error, None, None, {"1 px": precision}, {"match": 0.1})
+def test_figures_of_draws_are_means_of_what_each_gives() -> None:
+    draws = [[0.5, 4.0], [3.5, None], [30.0, 2.0]]
+    found = figures("pose", columns_of([row(str(i), list(errors), 10, 1.0) for i, errors in enumerate(draws)]))
+    single = [figures("pose", columns_of([row(str(i), errors[draw], 10, 1.0) for i, errors in enumerate(draws)])) for draw in (0, 1)]
+    assert single[0]["AUC@5°"] != single[1]["AUC@5°"]
+    for name, value in found.items():
+        assert value == pytest.approx((single[0][name] + single[1][name]) / 2)
+
+
+def row(name: str, error: float | list[float | None] | None, matches: int, precision: float) -> PairResult:
+    errors = error if isinstance(error, list) else [error]
+    return PairResult("planted", name, matches, [Estimate(0, each) for each in errors], {"1 px": precision}, {"match": 0.1})

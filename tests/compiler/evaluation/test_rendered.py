@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from smc.compiler.evaluation import held_out
 from smc.compiler.evaluation.data import open_data
 from smc.compiler.evaluation.geometry import epipolar_error
 from smc.compiler.evaluation.held_out import InOrder, held_out_scenes
 from smc.compiler.evaluation.pairs import ListedPair, PosePair
-from smc.compiler.evaluation.rendered import between_pixels, read_pair, write_pair
+from smc.compiler.evaluation.rendered import between_pixels, read_pair, render, write_pair
 from smc.compiler.scenes import pairs
 from smc.compiler.scenes.pairs import HeldOutPairs
-from smc.exported.errors import BadInput, InputMissing, UsageError
+from smc.exported.errors import BadInput, InputMissing, NoTarget, UsageError
 from tests.compiler.evaluation.made import CAMERA, HEIGHT, WIDTH, noise_image, pose
 
 PLANE = np.array([[0.9, -0.1, 30], [0.05, 1.1, -10], [1e-4, 2e-5, 1]])
@@ -90,10 +91,15 @@ def test_pairs_that_are_iterated_over_are_made_once_when_read_in_order() -> None
     assert reader.load(1).name == "1"
 
 
-def test_held_out_scenes_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def in_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out, "SHAPE", (48, 64))
     monkeypatch.setattr(HeldOutPairs, "CHUNK", 1)
     monkeypatch.setattr(pairs, "HeldOutPairs", partial(HeldOutPairs, textures=2, texture_side=32))
+
+
+@pytest.mark.usefixtures("in_small")
+def test_held_out_scenes_in_small(tmp_path: Path) -> None:
     data = held_out_scenes(Path("2"), None)
     assert list(data.names) == ["scene0-00000", "scene0-00001"]
     pair = data.load(1)
@@ -107,6 +113,40 @@ def test_held_out_scenes_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert seen.mean() > 0.1
         errors = epipolar_error(xy[seen], mapped[seen].astype(np.float64), each.K0, each.K1, each.T_0to1)
         assert errors.max() < 1e-8  # pose and correspondence are of one truth
+
+
+@pytest.mark.usefixtures("in_small")
+def test_rendering_goes_on_and_keeps_to_its_set(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    done: list[int] = []
+    render(1, None, "cpu", out, done.append)
+    first = (out / "scene0-00000.npz").read_bytes()
+    render(2, None, "cpu", out, done.append)
+    assert done == [1, 2]
+    assert (out / "scene0-00000.npz").read_bytes() == first
+    data = open_data(f"rendered:{out}")
+    assert len(data) == 2
+    assert data.origin.startswith("seed 0, 64x48, 0 photographs, rendered on cpu by torch ")
+    (tmp_path / "held-out").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "held-out" / "a.jpg")
+    with pytest.raises(UsageError, match="holds pairs of another set: seed 0"):
+        render(2, tmp_path / "held-out", "cpu", out)
+    (out / "set.json").write_text("[]")
+    with pytest.raises(BadInput, match="not a record"):
+        open_data(f"rendered:{out}")
+
+
+def test_each_device_has_a_set_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = held_out_scenes(Path("2"), None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(NoTarget, match="finds no GPU"):
+        held_out_scenes(Path("2"), None, "cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr("smc.compiler.packages._is_installed", lambda name: True)
+    cuda = held_out_scenes(Path("2"), None, "cuda")
+    assert "rendered on NVIDIA X by torch" in cuda.origin
+    assert cuda.digest != cpu.digest
 
 
 @pytest.mark.parametrize("count", ["0", "many", "-3"])

@@ -10,17 +10,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from smc.compiler.evaluation.records import SCHEMA, Config, DataConfig, Header, PairResult
+from smc.compiler.evaluation.records import SCHEMA, Config, DataConfig, Estimate, Header, PairResult
 from smc.compiler.evaluation.results import open_results, read_results
 from smc.exported.errors import BadInput, Busy, CannotWrite, DiskError, InputMissing, UsageError
 
 DATA = DataConfig("planted", "pose", 2, "digest", "own size")
-CONFIG = Config({"matcher": "planted", "options": {"subsample": 8}}, [DATA], None, 0, 1.0, 3.0, "poselib 2")
+CONFIG = Config({"matcher": "planted", "options": {"subsample": 8}}, [DATA], None, 0, 1, 1000, 1.0, 3.0, "poselib 2")
 HEADER = Header(SCHEMA, CONFIG, "2026-01-01", {}, {})
 
 
 def row(name: str) -> PairResult:
-    return PairResult("planted", name, 10, 9, 1.5, 1.5, 0.5, {"1 px": 0.5}, {"match": 0.1})
+    return PairResult("planted", name, 10, [Estimate(9, 1.5, 1.5, 0.5)], {"1 px": 0.5}, {"match": 0.1})
 
 
 def write(path: Path, *names: str) -> None:
@@ -97,7 +97,7 @@ def test_another_machine_continues_what_was_begun(tmp_path: Path) -> None:
         ("hello\n", "not results of smc eval"),
         ("\x00\xff\n", "not results of smc eval"),
         ('{"schema": 99}\n', f"schema 99, {SCHEMA} was expected"),
-        ('{"schema": 1}\n', "missing required field"),
+        (f'{{"schema": {SCHEMA}}}\n', "missing required field"),
         ("[1]\n", "not results"),
     ],
 )

@@ -15,6 +15,7 @@ from smc.compiler.evaluation.data import open_data
 from smc.compiler.evaluation.matchers import BundleMatcher, Correspondences, SiftMatcher, mutual_nearest
 from smc.compiler.evaluation.metrics import columns_of, figures
 from smc.compiler.evaluation.pairs import HomographyPair, ListedPair, PairSet, Scale
+from smc.compiler.evaluation.records import Estimate
 from smc.compiler.evaluation.run import EvalRequest, Evaluation, evaluate
 from smc.compiler.evaluation.summary import summarise
 from smc.exported.errors import BadInput, UsageError
@@ -29,10 +30,11 @@ def test_planted_poses_are_found(tmp_path: Path) -> None:
     found = run(tmp_path / "r", PlantedMatcher())
     assert [row.name for row in found.rows] == [f"pair {i}" for i in range(4)]
     for row in found.rows:
-        assert row.error is not None
-        assert row.error < 0.5
-        assert row.error == max(row.rotation_error or 0, row.translation_error or 0)
-        assert row.inliers > 290
+        (found_pose,) = row.estimates
+        assert found_pose.error is not None
+        assert found_pose.error < 0.5
+        assert found_pose.error == max(found_pose.rotation_error or 0, found_pose.translation_error or 0)
+        assert found_pose.inliers > 290
         assert row.precision == {"epipolar 5e-4": 1, "epipolar 1e-4": 1}
         assert row.seconds.keys() == {"read", "match", "estimate"}
     (summary,) = summarise(found.header.config, found.rows)
@@ -42,7 +44,7 @@ def test_planted_poses_are_found(tmp_path: Path) -> None:
 
 def test_a_pair_without_matches_is_one_that_failed(tmp_path: Path) -> None:
     found = run(tmp_path / "r", PlantedMatcher(matches=0))
-    assert {row.error for row in found.rows} == {None}
+    assert all(row.estimates == [Estimate()] for row in found.rows)
     assert {value for row in found.rows for value in row.precision.values()} == {0.0}
     (summary,) = summarise(found.header.config, found.rows)
     assert (summary.failed, summary.median_error, summary.figures["AUC@20°"]) == (4, None, 0)
@@ -55,7 +57,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     matcher = PlantedMatcher()
     found = run(tmp_path / "r", matcher)
     assert (found.continued, matcher.calls) == (2, 2)
-    assert [(row.name, row.error, row.inliers) for row in found.rows] == [(row.name, row.error, row.inliers) for row in whole.rows]
+    assert [(row.name, row.estimates) for row in found.rows] == [(row.name, row.estimates) for row in whole.rows]
     again = PlantedMatcher()
     assert run(tmp_path / "r", again).rows == found.rows
     assert again.calls == 0
@@ -67,6 +69,30 @@ def test_another_evaluation_does_not_go_on_with_it(tmp_path: Path) -> None:
         run(tmp_path / "r", PlantedMatcher(noise=0.2))
     with pytest.raises(UsageError, match="pose_threshold"):
         run(tmp_path / "r", PlantedMatcher(), pose_threshold=2.0)
+
+
+def test_draws_are_those_of_the_next_seeds(tmp_path: Path) -> None:
+    noisy = PlantedMatcher(matches=60, noise=2.0)
+    drawn = run(tmp_path / "3", noisy, seed=5, draws=3)
+    assert noisy.calls == len(drawn.rows)  # the matches are found once
+    for draw in range(3):
+        single = run(tmp_path / f"single {draw}", noisy, seed=5 + draw)
+        assert [row.estimates[draw] for row in drawn.rows] == [row.estimates[0] for row in single.rows]
+    (summary,) = summarise(drawn.header.config, drawn.rows)
+    assert len({row.estimates[draw].error for row in drawn.rows for draw in range(3)}) > len(drawn.rows)
+    assert summary.spread["AUC@20°"] > 0
+    assert "matches" not in summary.spread
+    with pytest.raises(UsageError, match="at least 1 of each"):
+        run(tmp_path / "none", noisy, draws=0)
+
+
+def test_parts_of_a_set_are_the_set(tmp_path: Path) -> None:
+    data = planted_set(5)
+    whole = run(tmp_path / "whole", PlantedMatcher(), data)
+    parts = [run(tmp_path / f"part {i}", PlantedMatcher(), data.part(i, 2)) for i in range(2)]
+    assert [len(part.rows) for part in parts] == [3, 2]
+    found = {row.name: row.estimates for part in parts for row in part.rows}
+    assert found == {row.name: row.estimates for row in whole.rows}
 
 
 def test_a_limit_draws_pairs_by_the_seed(tmp_path: Path) -> None:
@@ -111,7 +137,7 @@ def test_homographies_at_another_scale(tmp_path: Path) -> None:
     data = PairSet("planted", "homography", ["a"], lambda index: pair, [], "planted")
     for name, scale, factor in (("own", Scale(), 1), ("half", Scale("short", HEIGHT // 2), 0.5)):
         (row,) = run(tmp_path / name, Shifted(), replace(data, scale=scale)).rows
-        assert row.error == pytest.approx(15 * factor, abs=1e-4)
+        assert row.estimates[0].error == pytest.approx(15 * factor, abs=1e-4)
         assert row.precision == {"1 px": 0, "3 px": 0, "5 px": 0}
 
 
@@ -146,8 +172,9 @@ def test_sift_recovers_the_shipped_homography(tmp_path: Path, examples: Path) ->
     pytest.importorskip("cv2")
     found = run(tmp_path / "r", SiftMatcher(), open_data(f"homography:{examples}"))
     (row,) = found.rows
-    assert row.error is not None
-    assert row.error < 3
+    (estimate,) = row.estimates
+    assert estimate.error is not None
+    assert estimate.error < 3
     assert row.precision["3 px"] > 0.5
     assert row.seconds.keys() == {"read", "detect", "match", "estimate"}
     assert figures("homography", columns_of(found.rows))["accuracy@3 px"] == 1

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from smc.compiler.evaluation.records import SCHEMA, Config, DataConfig, Header, PairResult
+from smc.compiler.evaluation.records import SCHEMA, Config, DataConfig, Estimate, Header, PairResult
 from smc.compiler.evaluation.results import open_results
 from smc.compiler.evaluation.summary import RESAMPLES, compare
 from smc.compiler.evaluation.tables import comparison_tables
@@ -19,11 +19,11 @@ DATA = DataConfig("planted", "pose", 100, "digest", "own size")
 
 
 def write(path: Path, errors: list[float | None], names: list[str] | None = None, precision: float = 0.5, **config: Any) -> Path:
-    made = Config({"matcher": path.name}, [DATA], None, 0, 1.0, 3.0, "poselib 2")
+    made = Config({"matcher": path.name}, [DATA], None, 0, 1, 1000, 1.0, 3.0, "poselib 2")
     header = Header(SCHEMA, msgspec.structs.replace(made, **config), "2026-01-01", {}, {})
     with open_results(path, header) as file:
         for name, error in zip(names or [f"pair {i}" for i in range(len(errors))], errors, strict=True):
-            file.add(PairResult("planted", name, 100, 50, error, error, error, {"1 px": precision}, {"match": 0.1}))
+            file.add(PairResult("planted", name, 100, [Estimate(50, error, error, error)], {"1 px": precision}, {"match": 0.1}))
     return path
 
 
@@ -42,9 +42,11 @@ def test_interval_of_a_mean_is_the_one_of_the_normal_distribution(tmp_path: Path
     values = random.normal(0.5, 0.1, 400)
     for path, precisions in ((first, np.full(400, 0.5)), (second, values)):
         write(path, [])
-        with open_results(path, Header(SCHEMA, Config({"matcher": path.name}, [DATA], None, 0, 1.0, 3.0, "poselib 2"), "", {}, {})) as file:
+        with open_results(
+            path, Header(SCHEMA, Config({"matcher": path.name}, [DATA], None, 0, 1, 1000, 1.0, 3.0, "poselib 2"), "", {}, {})
+        ) as file:
             for i, precision in enumerate(precisions):
-                file.add(PairResult("planted", str(i), 1, 1, 1.0, 1.0, 1.0, {"1 px": float(precision)}, {}))
+                file.add(PairResult("planted", str(i), 1, [Estimate(1, 1.0, 1.0, 1.0)], {"1 px": float(precision)}, {}))
     (found,) = compare(first, second)
     figure = found.figures["precision@1 px"]
     half = 1.96 * values.std() / 20

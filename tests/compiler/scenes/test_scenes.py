@@ -122,6 +122,24 @@ def test_points_depth_and_poses_agree(batch: PairBatch) -> None:
         assert torch.linalg.det(rotation).min() > 0.99
 
 
+def test_swapped_pairs_are_the_same_seen_from_the_other_camera(batch: PairBatch) -> None:
+    swapped = batch.swapped()
+    assert swapped.images[0] is batch.images[1]
+    for points, valid in zip(swapped.points, reversed(batch.valid), strict=True):
+        assert (points[~valid] == 0).all()
+    # Image 2 is first now: its points are in its own camera's frame, where z is the depth.
+    torch.testing.assert_close(swapped.points[0][..., 2], batch.depth[1], rtol=1e-4, atol=1e-4)
+    # Image 1's points, in that frame, are at the pixels of image 2 that the warp gives.
+    xy = pixel_grid(HEIGHT, WIDTH, HEIGHT, WIDTH, torch.device("cpu")).expand(COUNT, -1, -1)
+    there, visible = batch.warp(xy)
+    x, y, z = swapped.points[1].flatten(1, 2).unbind(-1)
+    camera = batch.cameras[1]
+    found = torch.stack([x, y], dim=-1) / z[..., None] * camera.focal[:, None, None] + camera.centre[:, None]
+    assert (found - there)[visible].abs().max() < 1e-3
+    back = swapped.swapped()
+    torch.testing.assert_close(back.points[1], batch.points[1], rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_point_looks_alike_in_both_images() -> None:
     """Without the cameras' faults; so the correspondences are those of the images, not only of the geometry."""
     from smc.compiler.scenes.render import render

@@ -15,10 +15,13 @@ from torch import Generator
 from smc.compiler.build import BuildRequest, build
 from smc.compiler.checkpoint import load_checkpoint
 from smc.compiler.config import PRESETS, ModelConfig
+from smc.compiler.model import Mast3r
+from smc.compiler.scenes.draw import Difficulty
 from smc.compiler.scenes.pairs import PairBatch, draw_batch
 from smc.compiler.scenes.textures import draw_textures
 from smc.compiler.training.losses import ALPHA, MATCHING_ALPHA, TEMPERATURE, draw_correspondences, matching_loss, points_loss
-from smc.compiler.training.plan import LARGE, PHASES, SMALL, Phase, difficulty_at, lr_at, phase_at
+from smc.compiler.training.network import initialise
+from smc.compiler.training.plan import LARGE, PHASES, SMALL, WARM_UP_STEPS, Phase, difficulty_at, lr_at, phase_at
 from smc.compiler.training.state import STATE
 from smc.compiler.training.train import Options, Run
 from smc.exported.errors import BadInput
@@ -140,12 +143,32 @@ def test_correspondences_are_true_to_half_a_pixel(batch: PairBatch) -> None:
     assert (found - there).abs()[real].max() <= 0.5001
 
 
+def test_descriptors_start_by_what_a_patch_shows_not_by_where_in_it() -> None:
+    network = Mast3r(MICRO)
+    initialise(network)
+    with torch.no_grad():
+        maps = network(torch.randn(1, 3, 32, 48), torch.randn(1, 3, 32, 48))
+    desc = maps["desc1"][0].unfold(0, 16, 16).unfold(1, 16, 16)  # (2, 3, D, 16, 16)
+    assert (desc - desc[..., :1, :1]).abs().max() < 1e-5
+    assert (desc[0, 0] - desc[1, 2]).abs().max() > 1e-2
+
+
+def test_a_pair_serves_twice_and_is_turned_the_second_time(tmp_path: Path) -> None:
+    run = Run(options(tmp_path))
+    first, second, third = (run._draw(step) for step in range(3))
+    assert second.images[0] is first.images[1]
+    assert not torch.equal(third.images[0], first.images[0])
+    # A run that goes on in the middle of the two draws the same.
+    assert torch.equal(Run(options(tmp_path / "again"))._draw(1).images[0], second.images[0])
+
+
 def test_plan_covers_the_run() -> None:
     assert phase_at(0.0, PHASES).shapes[0] == SMALL
     assert phase_at(0.99, PHASES).shapes[0] == phase_at(1.5, PHASES).shapes[0] == LARGE
     assert difficulty_at(0.0).view_angle < 20 < 59 < difficulty_at(0.5).view_angle
-    rates = [lr_at(i / 100) for i in range(101)]
-    assert max(rates) == rates[3]
+    rates = [lr_at(i / 1000, i) for i in range(1001)]
+    assert rates[0] < 0.01 * max(rates)
+    assert max(rates) == rates[WARM_UP_STEPS - 1]
     assert rates[-1] < 0.02 * max(rates)
 
 
@@ -196,11 +219,22 @@ def test_a_few_steps_on_one_batch_lower_the_loss(tmp_path: Path) -> None:
     assert run.skipped == 0
 
 
+def test_a_run_can_begin_with_what_another_has_learnt(tmp_path: Path) -> None:
+    first = Run(options(tmp_path / "first", steps=2)).train([].append)
+    run = Run(dataclasses.replace(options(tmp_path / "second", steps=2), start=tmp_path / "first"))
+    for name, tensor in load_checkpoint(tmp_path / "first").tensors.items():
+        torch.testing.assert_close(run.network.state_dict()[name], tensor)
+    assert run._difficulty() == Difficulty()
+    assert run.train([].append)["start"]["training"]["pairs"] == first["pairs"]
+    with pytest.raises(BadInput, match="another model"):
+        Run(dataclasses.replace(options(tmp_path / "third"), start=tmp_path / "first", config=dataclasses.replace(MICRO, dec_depth=8)))
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     run = Run(options(tmp_path))
     run.save()
     assert (tmp_path / STATE).exists()
-    with pytest.raises(BadInput, match="another model or seed"):
+    with pytest.raises(BadInput, match="another model, seed or start"):
         Run(dataclasses.replace(options(tmp_path), seed=1))
 
 
