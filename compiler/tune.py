@@ -107,7 +107,13 @@ def measure(directory: Path, report: Report = lambda description, fraction: None
     if device is None:
         found_here = ", ".join(f"{device.name} (sm {device.sm})" for device in devices)
         raise BackendFailed(f"the candidates are for sm {about.sm / 10}, and this machine has {found_here}")
-    found = {operation: ways[0] for operation, ways in best(time_job(directory, device.index, report)).items() if not ways[0].failure}
+    try:
+        timings = time_job(directory, device.index, report)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise BadInput(
+            f"{directory}: candidates that cannot be read ({error})", fix="make them anew: smc tune BUNDLE --prepare DIR"
+        ) from error
+    found = {operation: ways[0] for operation, ways in best(timings).items() if not ways[0].failure}
     if not found:
         raise BackendFailed("no candidate ran")
     driver = ".".join(map(str, cuda_memory.driver_version()))
@@ -138,7 +144,8 @@ def _matching(lowered: Lowered) -> Matching:
 
 
 def _matching_operands(operation: Matching) -> dict[str, Operand]:
-    """A new list of matches from the first image's usual grid. The maps are noise: few walks close soon, so that every kernel has work."""
+    """A new list of matches from the first image's usual grid. The maps are noise, which gives about the work of real ones: walks close in
+    fewer round trips, but more of them stay open in the first."""
     operands = {name: Operand(dtype, shape) for name, (dtype, shape) in matching.operand_shapes(operation).items()}
     (_, capacity), (options,) = (operands[name].shape for name in ("starts", "options"))
     grid = starting_points(*operation.shape1, GRID_STEP, None)[:capacity].tolist()

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,14 +101,15 @@ class Tuning:
         key = describe(operation)
         if self._file is None:
             return default_tile(operation, self.sm)
-        found = self._file.tiles.get(key) or self._similar(key) or self._similar(key, _without_types)
+        found = self._file.tiles.get(key) or self._similar(key) or self._similar(key, any_types=True)
         return default_tile(operation, self.sm) if found is None else _made(type(operation).__name__, found)
 
-    def _similar(self, key: str, reduced: Callable[[str], str] = str) -> Tuned | None:
+    def _similar(self, key: str, any_types: bool = False) -> Tuned | None:
         """The timed operation that differs in nothing but sizes of the image or the batch, the nearest in amount of work.
 
-        `reduced`: what is left of a kind when it is compared.
+        `any_types`: it may also differ in the types of bias, residual and result.
         """
+        reduced = _without_types if any_types else str
         kind, sizes = _split(key)
         nearest, best = None, math.log(_SIMILAR)
         alike = [timed for other, group in self._split_keys.items() if reduced(other) == reduced(kind) for timed in group]

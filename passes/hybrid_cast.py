@@ -378,7 +378,8 @@ class _Plan:
 
     def _is_stream(self, node: gs.Node) -> bool:
         """Whether a node adds two computed tensors of one shape, and a normalisation reads the sum."""
-        if node.op != "Add" or any(map(_is_constant, node.inputs)) or node.inputs[0].shape != node.inputs[1].shape:
+        one, other = (tensor.shape for tensor in node.inputs) if node.op == "Add" else (None, None)
+        if one is None or one != other or any(map(_is_constant, node.inputs)):
             return False
         return any(reader.op in _NORMALISATIONS for reader in _readers_behind_moves(node.outputs[0]))
 

@@ -26,6 +26,9 @@ CANDIDATES = 3
 GRID = (18, 24)
 """Rows and columns of the rays by which overlap is measured."""
 
+FLAT_RELIEF = 2e-4
+"""A relief that is lower is a plane."""
+
 CLOSEST = 0.25
 """No camera is so near to something, which also keeps them out of the boxes."""
 
@@ -94,7 +97,7 @@ def draw_scenes(generator: Generator, count: int, textures: int) -> Scenes:
     u, v = _plane_axes(turn)
     along1, along2 = 2 * half[:, :1] * u, 2 * half[:, 1:] * v
     base = -(along1 + along2) / 2
-    height = torch.where(flat, 1e-4, torch.exp(uniform(g, n, low=math.log(0.03), high=math.log(0.6))))
+    height = torch.where(flat, FLAT_RELIEF / 2, torch.exp(uniform(g, n, low=math.log(0.03), high=math.log(0.6))))
 
     weights = uniform(g, n, WAVES, low=0.1)
     waves = torch.stack(

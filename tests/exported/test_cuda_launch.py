@@ -11,14 +11,15 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 
-from cuda.bindings import driver
+from cuda.bindings import driver, runtime
 
-from smc.exported.engines import cuda_launch
+from smc.exported.engines import cuda_launch, cuda_memory
 from smc.exported.engines.cuda_launch import Kernels, capture, check, enqueue
 from smc.exported.engines.cuda_program import Argument, Float32, Int32, KernelCode, Pointer, Program, Step, TensorMap
 from smc.exported.errors import BackendFailed, OutOfMemory
 
 SUCCESS = driver.CUresult.CUDA_SUCCESS
+DONE = runtime.cudaError_t.cudaSuccess
 BASES: dict[Any, int] = {"arena": 1 << 40, "weights": 1 << 41}
 KERNELS = (KernelCode("small", 0, 4, 128, 1000), KernelCode("large", 4, 6, 256, 100_000))
 CODE = b"abcdefghij"
@@ -220,16 +221,42 @@ def test_lanes_begin_and_end_with_the_stream_and_wait_for_what_they_need(gpu: Dr
 
 
 def test_a_capture_loads_kernels_and_makes_events_before_it_begins(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    def graph(stream: Any, queue: Any) -> str:
-        loaded, made = len(gpu.loaded), gpu.events
-        queue()
-        assert (len(gpu.loaded), gpu.events) == (loaded, made)
-        return "graph"
+    def begin(stream: Any) -> tuple[Any]:
+        captures.append((len(gpu.loaded), gpu.events))
+        return (DONE,)
 
-    monkeypatch.setattr(cuda_launch, "Graph", graph)
+    def end(stream: Any) -> tuple[Any, str]:
+        captures.append((len(gpu.loaded), gpu.events))
+        return DONE, "captured"
+
+    captures: list[tuple[int, int]] = []
+    fake_captures(monkeypatch, begin, end)
     steps = Step(0, (1, 1, 1), ()), Step(1, (1, 1, 1), (), lane=1), Step(0, (1, 1, 1), (), waits=(1,))
-    assert capture(program(*steps), Kernels(CODE, KERNELS), BASES, gpu.main) == "graph"  # type: ignore[comparison-overlap]
+    capture(program(*steps), Kernels(CODE, KERNELS), BASES, gpu.main)
+    assert captures[0] == captures[1]
     assert len(gpu.launches) == 3
+
+
+def test_a_graph_keeps_its_kernels_loaded(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_captures(monkeypatch, lambda stream: (DONE,), lambda stream: (DONE, "captured"))
+    kernels = Kernels(CODE, KERNELS)
+    graph = capture(program(Step(0, (1, 1, 1), ())), kernels, BASES, gpu.main)
+    del kernels
+    assert gpu.unloaded == []
+    del graph
+    assert gpu.unloaded == [b"abcd"]
+
+
+def fake_captures(monkeypatch: pytest.MonkeyPatch, begin: Any, end: Any) -> None:
+    """CUDA's calls for graphs, with other beginnings and ends."""
+    for name, call in {
+        "cudaStreamBeginCapture": lambda stream, mode: begin(stream),
+        "cudaStreamEndCapture": end,
+        "cudaGraphInstantiate": lambda captured, flags: (DONE, "graph"),
+        "cudaGraphDestroy": lambda graph: (DONE,),
+        "cudaGraphExecDestroy": lambda graph: (DONE,),
+    }.items():
+        monkeypatch.setattr(cuda_memory.cudart, name, call)
 
 
 def test_kernels_are_loaded_once_and_told_of_much_shared_memory(gpu: Driver) -> None:

@@ -134,15 +134,18 @@ def test_tiles_that_do_not_take_the_convolution_are_refused(op: Conv, tile: Any,
         (Tile(4, 16, 128, 64, 4, 3, splits=3, tma=True), 90),
         (HopperTile(3, 1, 256, 2, 4), 90),
         (HopperTile(3, 2, 128, 2, 4), 90),
+        (HopperTile(2, 1, 256, 2, 4, splits=3), 90),
     ],
     ids=str,
 )
 def test_compiles(tile: Tile | HopperTile | None, sm: int) -> None:
-    for launch in launches.launches(MODEL, tile or launches.default_tile(MODEL, sm), sm):
+    product, *sums = launches.launches(MODEL, tile or launches.default_tile(MODEL, sm), sm)
+    for launch in (product, *sums):
         built = compile_kernel(launch.kernel, sm)
         assert fits(built, sm)
-        # A third group of warps is a part of the kernel of its own.
-        assert built.threads == (384 if isinstance(tile, HopperTile) else 32 * launch.kernel.warps)
+        # Groups of warps beyond the first are parts of a Hopper kernel of their own.
+        groups = tile.groups if isinstance(tile, HopperTile) and launch is product else 1
+        assert built.threads == 32 * launch.kernel.warps * groups
 
 
 @pytest.mark.parametrize("sm", [80, 86, 90])

@@ -79,7 +79,14 @@ def test_candidates(sm: int) -> None:
 
 @pytest.mark.parametrize(
     ("tile", "sm"),
-    [(None, 80), (None, 86), (None, 89), (Tile(1, 128, 128, 64, 8, 3, tma=True), 90), (HopperTile(3, 2, 128, 2, 4), 90)],
+    [
+        (None, 80),
+        (None, 86),
+        (None, 89),
+        (Tile(1, 128, 128, 64, 8, 3, tma=True), 90),
+        (HopperTile(3, 2, 128, 2, 4), 90),
+        (HopperTile(2, 1, 128, 3, 6), 90),
+    ],
     ids=str,
 )
 def test_compiles(tile: Tile | HopperTile | None, sm: int) -> None:

@@ -15,7 +15,7 @@ from torch import Generator
 
 from smc.compiler.scenes.draw import CLOSEST, Difficulty, draw_pairs
 from smc.compiler.scenes.geometry import Cameras, Scenes, cast, pixel_grid, relief_height, warp
-from smc.compiler.scenes.pairs import HeldOutPairs, PairBatch, draw_batch
+from smc.compiler.scenes.pairs import HeldOutPairs, PairBatch, draw_batch, flat_share
 from smc.compiler.scenes.textures import draw_textures
 
 HEIGHT, WIDTH, COUNT = 48, 64, 6
@@ -193,6 +193,36 @@ def test_images_are_neither_empty_nor_flat(batch: PairBatch) -> None:
         assert images.shape == (COUNT, 3, HEIGHT, WIDTH)
         assert images.float().std((1, 2, 3)).min() > 1
     assert torch.stack(batch.valid).float().mean() > 0.99
+
+
+def off_a_plane(xy: torch.Tensor, there: torch.Tensor) -> float:
+    """How far pixels (N, 2) of two images, scaled to about 1, are from obeying one homography, as a plane's do."""
+    (x, y), (u, v) = xy.double().unbind(-1), there.double().unbind(-1)
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    first = torch.stack([x, y, one, zero, zero, zero, -u * x, -u * y, -u], dim=1)
+    second = torch.stack([zero, zero, zero, x, y, one, -v * x, -v * y, -v], dim=1)
+    return float(torch.linalg.svdvals(torch.cat([first, second]))[-1]) / len(x) ** 0.5
+
+
+def test_flat_share_is_all_where_one_homography_explains_what_both_see() -> None:
+    generator = Generator().manual_seed(5)
+    batch = draw_batch(generator, draw_textures(generator, None, 8, 64), 40, 24, 32)
+    share = flat_share(batch)
+    xy = pixel_grid(24, 32, 24, 32, torch.device("cpu")).expand(40, -1, -1)
+    there, visible = batch.warp(xy)
+    apart = torch.tensor([off_a_plane(xy[i][visible[i]] / 32, there[i][visible[i]] / 32) for i in range(40)])
+    assert torch.equal(apart < 1e-5, share == 1)
+    assert 0 < (share == 1).sum() < 20
+    assert ((share > 0) & (share < 0.9)).any()
+
+
+def test_held_out_pairs_show_more_than_a_plane() -> None:
+    xy = pixel_grid(24, 32, 24, 32, torch.device("cpu"))
+    pairs = list(HeldOutPairs(30, seed=2, shape=(24, 32), textures=4, texture_side=32))
+    for pair in pairs:
+        there, visible = map(torch.from_numpy, pair.warp(xy.numpy()))
+        assert off_a_plane(xy[visible] / 32, there[visible] / 32) > 1e-5
+    assert [pair.name for pair in pairs] == [f"scene2-{i:05d}" for i in range(30)]
 
 
 def test_held_out_pairs_begin_alike_however_many_and_warp() -> None:
