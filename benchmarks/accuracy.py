@@ -5,8 +5,9 @@
 
 CHECKPOINT is a folder that `smc build --checkpoint` takes, and the bundles are built from it with --precision fp32, hybrid and fp16,
 for the machine that this runs on. It renders held-out scenes on the GPU, or on the CPU where there is none (half a minute a pair),
-evaluates every rung and SIFT on each of them and on the shipped photographs, and writes a table to OUT.md and every pair's results to
-OUT.json. Rungs that cannot run here are named, with the reason. An interrupted run goes on from what is in --work.
+evaluates every rung and SIFT on each of them and on the shipped photographs, and writes tables to OUT.md and every pair's results to
+OUT.json. Rungs that cannot run here are named, with the reason; where strict float32 is among them, the exit status is 1. An interrupted
+run goes on from what is in --work.
 
 A pair is estimated several times from the same matches, with other samples (--draws), and a figure is the mean over these draws: what is
 left of the estimator's luck is shown by float32's own draws against as many others of the same matches.
@@ -16,37 +17,31 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import multiprocessing
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-
-from smc.compiler.bench.ablation import Step, steps
+from smc.compiler.bench.ablation import Step
 from smc.compiler.bench.machine import describe_machine, describe_versions
-from smc.compiler.bench.variants import REFERENCE, VARIANTS
-from smc.compiler.evaluation.data import open_data
+from smc.compiler.bench.variants import VARIANTS
+from smc.compiler.evaluation import estimate
+from smc.compiler.evaluation.data import check_kinds, open_data
+from smc.compiler.evaluation.ladder import STEPS, Report, Rung, comparisons
 from smc.compiler.evaluation.matchers import BundleMatcher, PairMatcher, SiftMatcher
-from smc.compiler.evaluation.metrics import columns_of
 from smc.compiler.evaluation.pairs import PairSet
-from smc.compiler.evaluation.records import Config, PairResult
 from smc.compiler.evaluation.rendered import render, rendered
-from smc.compiler.evaluation.results import read_results
 from smc.compiler.evaluation.run import EvalRequest, evaluate
-from smc.compiler.evaluation.summary import Difference, Summary, paired_differences, summarise
+from smc.compiler.evaluation.summary import paired_differences
+from smc.compiler.output_files import check_output
 from smc.exported.bundle import read_manifest
-from smc.exported.errors import SmcError, UsageError
+from smc.exported.errors import CannotWrite, SmcError, UsageError
 from smc.exported.matcher import load
-
-STEPS = (*steps("fp32", "hybrid"), Step("all float16, for contrast", "fp16", "own"), Step("SIFT", "sift", "own"))
-"""A contestant is a variant of the torch model, the precision of a bundle, or SIFT."""
 
 ITERATIONS = 10_000
 """Samples of an estimate. poselib's own limit is ten times as high: then the pairs of which no pose can be estimated take nearly all of
@@ -93,25 +88,20 @@ class Job:
     out: Path
 
 
-@dataclass
-class Rung:
-    """A step with its results: the config of its evaluation, lines by data set, or why there are none."""
-
-    step: Step
-    config: Config | None = None
-    rows: dict[str, list[PairResult]] = field(default_factory=dict)
-    failure: str = ""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--bundle", dest="bundles", action="append", default=[], type=Path, help="built from the checkpoint; several times")
     parser.add_argument("--photographs", type=Path, help="held-out photographs for textures")
-    parser.add_argument("--pairs", type=int, default=500)
-    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--pairs", type=positive, default=500)
+    parser.add_argument("--draws", type=positive, default=5)
     parser.add_argument("--pose-threshold", type=float, default=POSE_THRESHOLD, help="largest epipolar error of an inlier, pixels")
-    parser.add_argument("--data", action="append", default=[f"homography:{EXAMPLES}"], help="more pairs, as smc eval names them")
+    parser.add_argument(
+        "--data",
+        action="append",
+        help="more pairs, as smc eval names them; several times, each of another kind and none of kind rendered [default: the shipped "
+        "photographs, homography:examples]",
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], help="of rendering and of the torch model")
     parser.add_argument("--work", type=Path, required=True, help="a folder for pairs and results, to go on from")
     parser.add_argument("--out", type=Path, required=True, help="the files to write, without .md and .json")
@@ -122,17 +112,32 @@ def main() -> None:
         sys.exit(f"{error}\nfix: {error.fix}" if error.fix else str(error))
 
 
+def positive(text: str) -> int:
+    """A number of 1 and more, as argparse wants it read."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: a number from 1 on was expected")
+    return int(text)
+
+
 def run(options: argparse.Namespace) -> None:
+    """Raises SystemExit where the reference has no results: nothing can then be said of the others."""
     import torch
 
     from smc.compiler.checkpoint import load_checkpoint
 
+    # What can be known to be wrong is said before half an hour of work.
+    estimate.version()
+    named = options.data or [f"homography:{EXAMPLES}"]
+    check_kinds(["rendered", *(open_data(text).kind for text in named)])
     # A core runs a process: threads of its own would only get into the others' way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(options.checkpoint)
     bundles = find_bundles(options.bundles, checkpoint.sha256)
-    options.work.mkdir(parents=True, exist_ok=True)
+    for folder in (options.work, options.out.parent):
+        make_folder(folder)
+    for ending in (".md", ".json"):
+        check_output(options.out.with_name(options.out.name + ending), "--out", (ending,))
     weights, pairs = options.work / "weights.pt", options.work / f"pairs-{options.pairs}"
     torch.save(checkpoint.tensors, weights)
     isolated(render, options.pairs, options.photographs, device, pairs, say_rendered)
@@ -140,6 +145,7 @@ def run(options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     parts = max(1, min(options.pairs // 25, 2 * cores // len(STEPS)))
     rungs = [Rung(step, failure=why_not(step, bundles, device)) for step in STEPS]
+    settings = f"{options.pairs}-pairs-{options.draws}-draws-{options.pose_threshold:g}px"
     jobs = [
         (
             rung,
@@ -153,10 +159,10 @@ def run(options: argparse.Namespace) -> None:
                 pairs=pairs,
                 part=part,
                 parts=parts,
-                data=tuple(options.data) if part == 0 else (),
-                draws=options.draws * (2 if rung.step.contestant == REFERENCE else 1),
+                data=tuple(named) if part == 0 else (),
+                draws=options.draws * (2 if rung.is_reference else 1),
                 pose_threshold=options.pose_threshold,
-                out=options.work / f"rung{number}-{part + 1}of{parts}.jsonl",
+                out=options.work / f"rung{number}-{settings}-{part + 1}of{parts}.jsonl",
             ),
         )
         for number, rung in enumerate(rungs)
@@ -166,13 +172,34 @@ def run(options: argparse.Namespace) -> None:
         for rung, job, future in [(rung, job, pool.submit(isolated, run_job, job)) for rung, job in jobs]:
             try:
                 future.result()
-                add_results(rung, job.out)
+                rung.add(job.out)
             except Exception as error:  # whatever a rung's library raises is that rung's result
                 rung.failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
-        done = [rung for rung in rungs if not rung.failure]
-        reference = next((rung for rung in done if rung.step.contestant == REFERENCE), None)
-        differences = compare_all(reference, done, options.draws, pool) if reference is not None else {}
-    write(options, rungs, differences, {"source": checkpoint.source, "sha256": checkpoint.sha256, "device": device})
+        comparing = {
+            key: pool.submit(isolated, paired_differences, task, reference, other)
+            for key, (task, reference, other) in comparisons(rungs, options.draws).items()
+        }
+        differences = {key: future.result() for key, future in comparing.items()}
+    report = Report(
+        rungs=rungs,
+        draws=options.draws,
+        differences=differences,
+        model={"source": checkpoint.source, "sha256": checkpoint.sha256, "device": device},
+        created=datetime.date.today().isoformat(),
+        machine=describe_machine(),
+        versions=describe_versions(),
+    )
+    report.write(options.out)
+    print(report.markdown())
+    if failed := next((rung for rung in rungs if rung.is_reference and rung.failure), None):
+        sys.exit(f"{failed.step.technique}, which all else is compared with: {failed.failure}")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotWrite(f"{folder}: {error.strerror}") from error
 
 
 def isolated(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -246,155 +273,6 @@ def matcher_of(job: Job) -> PairMatcher:
         return OriginalMatcher(config, job.weights, job.step.contestant, job.device, job.shape)
     matcher = load(job.bundle, threads=1)
     return BundleMatcher(matcher) if job.step.matching == "own" else BlockMatchedBundle(matcher, job.device)
-
-
-def add_results(rung: Rung, path: Path) -> None:
-    header, rows = read_results(path)
-    rung.config = rung.config or header.config  # the first part's, which names every data set
-    for (kind, _), row in rows.items():
-        rung.rows.setdefault(kind, []).append(row)
-
-
-def cut(rows: Sequence[PairResult], draws: slice = slice(None)) -> list[PairResult]:
-    """The lines by name, with some of their draws."""
-    return [msgspec.structs.replace(row, estimates=row.estimates[draws]) for row in sorted(rows, key=lambda row: row.name)]
-
-
-Differences = dict[tuple[str, str], dict[str, Difference]]
-"""By data set and technique."""
-
-AGAIN = "strict float32, other draws"
-
-
-def compare_all(reference: Rung, rungs: Sequence[Rung], draws: int, pool: ThreadPoolExecutor) -> Differences:
-    """How each rung differs from the reference, and how that differs from itself."""
-    assert reference.config is not None
-    first, others = slice(draws), slice(draws, None)
-    running: dict[tuple[str, str], Future[dict[str, Difference]]] = {}
-    for data in reference.config.data:
-        base = columns_of(cut(reference.rows[data.kind], first))
-        found = {rung.step.technique: cut(rung.rows[data.kind], first) for rung in rungs if rung is not reference}
-        for technique, rows in {AGAIN: cut(reference.rows[data.kind], others), **found}.items():
-            running[data.kind, technique] = pool.submit(isolated, paired_differences, data.task, base, columns_of(rows))
-    return {key: future.result() for key, future in running.items()}
-
-
-def write(options: argparse.Namespace, rungs: Sequence[Rung], differences: Differences, model: Mapping[str, Any]) -> None:
-    done = [rung for rung in rungs if rung.config is not None and not rung.failure]
-    summaries = {
-        rung.step.technique: {
-            summary.kind: msgspec.structs.replace(summary, seconds={})  # many processes at once: times mean nothing
-            for summary in summarise(rung.config, [row for rows in rung.rows.values() for row in cut(rows, slice(options.draws))])
-        }
-        for rung in done
-        if rung.config is not None
-    }
-    record = {
-        "created": datetime.date.today().isoformat(),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "model": model,
-        "config": msgspec.to_builtins(done[0].config) | {"draws": options.draws} if done else {},
-        "pairs": {kind: [row.name for row in cut(rows)] for rung in done[:1] for kind, rows in rung.rows.items()},
-        "rungs": [
-            {
-                "technique": rung.step.technique,
-                "contestant": rung.step.contestant,
-                "matching": rung.step.matching,
-                "failure": rung.failure,
-                "matcher": rung.config.matcher if rung.config else None,
-                "summaries": msgspec.to_builtins(summaries.get(rung.step.technique, {})),
-                "differences": differences_of(differences, rung.step.technique),
-                "results": {} if rung.failure else {kind: compact(cut(rows)) for kind, rows in rung.rows.items()},
-            }
-            for rung in rungs
-        ],
-        AGAIN: differences_of(differences, AGAIN),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
-    text = markdown(options, record, rungs, summaries, differences)
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
-
-
-def differences_of(differences: Differences, technique: str) -> dict[str, Any]:
-    return {kind: msgspec.to_builtins(found) for (kind, name), found in differences.items() if name == technique}
-
-
-def compact(rows: Sequence[PairResult]) -> dict[str, Any]:
-    """Columns of a data set's lines, errors (pairs, draws) with null where nothing was estimated; four digits."""
-    return {
-        "matches": [row.matches for row in rows],
-        "errors": [[None if found.error is None else float(f"{found.error:.4g}") for found in row.estimates] for row in rows],
-        **{name: [float(f"{row.precision[name]:.4g}") for row in rows] for name in rows[0].precision},
-    }
-
-
-POSE_FIGURES = ("AUC@5°", "AUC@10°", "AUC@20°", "mean AUC", "precision@3 px", "matches")
-HOMOGRAPHY_FIGURES = ("AUC@3 px", "AUC@5 px", "AUC@10 px", "precision@3 px", "matches")
-
-
-def markdown(
-    options: argparse.Namespace,
-    record: Mapping[str, Any],
-    rungs: Sequence[Rung],
-    summaries: Mapping[str, Mapping[str, Summary]],
-    differences: Differences,
-) -> str:
-    machine, versions, config = record["machine"], record["versions"], record["config"]
-    lines = [
-        "# Accuracy, technique by technique",
-        "",
-        f"{record['created']}, {machine.get('gpu', machine['processor'])}, torch {versions.get('torch')}, "
-        f"{config.get('estimator', 'no estimator')}; model {record['model']['source']}, sha256 {str(record['model']['sha256'])[:16]}.",
-        "",
-        f"Fractions are in percent. A pair is estimated {options.draws} times with other samples of the same matches, and figures are "
-        f"means over these draws (poselib, at most {ITERATIONS:,} samples, inliers of a pose within {options.pose_threshold:g} px, seeds "
-        f"{config.get('seed', 0)} and up). docs/evaluation.md says what each figure is; mean AUC is what the paper calls mAA.",
-        "",
-    ]
-    for data in config.get("data", []):
-        kind, count = data["kind"], data["pairs"]
-        if kind in record["pairs"]:
-            count = len(record["pairs"][kind])
-        names = POSE_FIGURES if data["task"] == "pose" else HOMOGRAPHY_FIGURES
-        title = f"{kind}: {count} pair{'s' if count != 1 else ''}"
-        lines += [f"## {title}", "", *([data["origin"] + ".", ""] if data["origin"] else [])]
-        unit = "°" if data["task"] == "pose" else " px"
-        rows = []
-        for rung in rungs:
-            summary = summaries.get(rung.step.technique, {}).get(kind)
-            if summary is None:
-                rows.append([rung.step.technique, rung.failure])
-                continue
-            median = "none" if summary.median_error is None else f"{summary.median_error:.2f}{unit}"
-            rows.append([rung.step.technique, *(value_of(name, summary.figures[name]) for name in names), median, str(summary.failed)])
-        lines += table(["", *names, "median error", "without an estimate"], rows)
-        found = {technique: values for (of, technique), values in differences.items() if of == kind}
-        if found and count > 1:
-            lines += ["", "Difference from strict float32, in points, with 95 % intervals by a paired bootstrap over pairs:", ""]
-            lines += table(
-                ["", *names], [[technique, *(difference(name, values[name]) for name in names)] for technique, values in found.items()]
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of Markdown; a short row is filled up."""
-    filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *filled)]
-
-
-def value_of(name: str, value: float) -> str:
-    return f"{value:.0f}" if name == "matches" else f"{100 * value:.2f}"
-
-
-def difference(name: str, found: Difference) -> str:
-    factor, digits = (1, 1) if name == "matches" else (100, 2)
-    middle, low, high = (f"{factor * value:+.{digits}f}" for value in (found.difference, found.low, found.high))
-    return f"{middle} ({low} to {high})"
 
 
 if __name__ == "__main__":

@@ -71,16 +71,23 @@ def check_plane(matches: Matches, truth: Floats) -> PlaneCheck:
 
 def draw_check(image0: Image.Image, image1: Image.Image, matches: Matches, check: PlaneCheck) -> Image.Image:
     """The picture of `draw_matches`, right matches green and wrong ones red, and in the second image the first one's outline, where it
-    is in truth (white) and where the estimate puts it (magenta)."""
+    is in truth (white) and where the estimate puts it (magenta); see `outline` for when there is none."""
     colors = [RIGHT if error < INLIER_PIXELS else WRONG for error in check.errors.tolist()]
     outlined = image1.convert("RGB")
     draw = ImageDraw.Draw(outlined)
-    width, height = image0.size
-    border = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1], [0, 0]], np.float64)
     line = max(2, round(max(image1.size) / 250))
     for homography, color, thickness in ((check.truth, TRUE_OUTLINE, 3 * line), (check.found, FOUND_OUTLINE, line)):
-        if homography is not None:
-            corners = transform(homography, border)
-            if np.isfinite(corners).all():
-                draw.line([tuple(corner) for corner in corners.tolist()], fill=color, width=thickness)
+        corners = None if homography is None else outline(homography, *image0.size)
+        if corners is not None:
+            draw.line([tuple(corner) for corner in corners.tolist()], fill=color, width=thickness)
     return draw_matches(image0, outlined, matches, colors=colors)
+
+
+def outline(homography: Floats, width: int, height: int) -> Floats | None:
+    """Where a homography puts the border of an image: its corners (5, 2), the first one again at the end.
+
+    None where the line that it sends to infinity meets the image: then the border is no quadrilateral.
+    """
+    border = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1], [0, 0]], np.float64)
+    w = border @ homography[2, :2] + homography[2, 2]
+    return transform(homography, border) if (w > 0).all() or (w < 0).all() else None

@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw
 
 from smc.exported.matcher import Matches
 
+Color = tuple[int, int, int]
+"""RGB, 0 to 255."""
+
 GAP = 8
 """Pixels between the two images."""
-
-
-Color = tuple[int, int, int]
 
 
 def draw_matches(

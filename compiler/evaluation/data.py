@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from smc.compiler.evaluation.held_out import held_out_scenes
@@ -38,6 +38,12 @@ def open_data(text: str) -> PairSet:
     found = KINDS[kind](Path(paths[0]), Path(paths[1]) if len(paths) > 1 else None)
     check_files(found)
     return found
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise UsageError where two data sets of one evaluation are of one kind: results name a pair by its kind and its name."""
+    if len(set(kinds)) < len(kinds):
+        raise UsageError(f"data sets {', '.join(kinds)}: each has to be of another kind", fix="evaluate them in runs of their own")
 
 
 def check_files(data: PairSet) -> None:

@@ -10,6 +10,9 @@ from smc.compiler.evaluation.pairs import PairSet, PosePair
 from smc.compiler.packages import require_packages
 from smc.exported.errors import NoTarget, UsageError
 
+EDITION = 2
+"""Counted up when `HeldOutPairs` gives other pairs for a seed: results and folders of pairs know a set by its digest."""
+
 SEED, SHAPE = 0, (384, 512)
 """Of the set that figures are reported on."""
 
@@ -39,7 +42,7 @@ def held_out_scenes(path: Path, images: Path | None, device: str = "cpu") -> Pai
     count = int(str(path))
     where = "cpu" if device == "cpu" else torch.cuda.get_device_name()
     photographs = sorted(images.iterdir()) if images is not None and images.is_dir() else []
-    state = hashlib.sha256(f"scenes {SEED} {SHAPE} {where}".encode())
+    state = hashlib.sha256(f"scenes {EDITION} {SEED} {SHAPE} {where}".encode())
     for file in photographs:
         state.update(file.name.encode() + b"\0" + file.read_bytes())
     return PairSet(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,17 @@ class OriginalMatcher:
         self._network = TorchNetwork(config, str(weights), self.variant, torch.device(device))
         self._grid = shape[0] // PATCH, shape[1] // PATCH
         self._network.prepare(*self._grid)
+        with weights.open("rb") as file:
+            self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        return {"matcher": "original", "variant": self.variant.name, "torch": str(torch.__version__), "shape": list(self.shape)}
+        return {
+            "matcher": "original",
+            "variant": self.variant.name,
+            "weights_sha256": self._sha256,
+            "shape": list(self.shape),
+            **_torch_on(self._network.device),
+        }
 
     def match(self, image0: NDArray[np.uint8], image1: NDArray[np.uint8]) -> Correspondences:
         views = load_view(image0, [self.shape]), load_view(image1, [self.shape])
@@ -45,20 +54,29 @@ class OriginalMatcher:
 
 
 class BlockMatchedBundle:
-    """A loaded bundle whose descriptors the original's matching takes, in torch on `device`."""
+    """A loaded bundle whose descriptors the original's matching takes, in torch on `device`.
+
+    Owns its process, as `OriginalMatcher` does: it sets torch's precision of products of matrices.
+    """
 
     def __init__(self, matcher: Matcher, device: str) -> None:
         self.matcher, self.device = matcher, torch.device(device)
         torch.set_float32_matmul_precision("highest")
 
     def describe(self) -> dict[str, Any]:
-        return BundleMatcher(self.matcher).describe() | {"matcher": "bundle's network, original's matching"}
+        return BundleMatcher(self.matcher).describe() | {"matcher": "bundle's network, original's matching", **_torch_on(self.device)}
 
     def match(self, image0: NDArray[np.uint8], image1: NDArray[np.uint8]) -> Correspondences:
         shapes = self.matcher.manifest.input_shapes
         views = load_view(image0, shapes), load_view(image1, shapes)
         maps = self.matcher.infer(views[0].pixels[None], views[1].pixels[None])
         return _block_matches({name: torch.from_numpy(values).to(self.device) for name, values in maps.items()}, views)
+
+
+def _torch_on(device: torch.device) -> dict[str, str]:
+    """What torch's results depend on: the GPU by its name, or "cpu", and torch's version."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "torch": str(torch.__version__)}
 
 
 def _block_matches(maps: dict[str, Tensor], views: tuple[View, View]) -> Correspondences:

@@ -24,7 +24,7 @@ class DataConfig(msgspec.Struct, frozen=True):
 
 
 class Config(msgspec.Struct, frozen=True):
-    """All that results depend on; lines of one file are of one config.
+    """All that results depend on; lines of one file are of one config, but for the `origin` of its data.
 
     Attributes:
         matcher: what `PairMatcher.describe` says.

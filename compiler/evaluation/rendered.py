@@ -4,7 +4,7 @@
 
 renders them, and continues where it was interrupted; `--data rendered:FOLDER` evaluates on them. A file is a .npz of `image0`,
 `image1` uint8 (H, W, 3), `K0`, `K1` (3, 3), `T_0to1` (4, 4), and for the pixels of the first image `to1` float32 (H, W, 2), where
-each is in the second, and `seen` bool (H, W), whether it is seen there. `set.json` says what made them.
+each is in the second, and `seen` bool (H, W), whether it is seen there. `set.json` says what made them, and identifies the set.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from smc.compiler.evaluation.arrays import read_arrays
 from smc.compiler.evaluation.held_out import held_out_scenes
 from smc.compiler.evaluation.pairs import Floats, ListedPair, PairSet, PosePair
+from smc.compiler.output_files import replacing
 from smc.exported.errors import BadInput, CannotWrite, InputMissing, SmcError, UsageError
 
 JUMP = 4.0
@@ -33,15 +34,17 @@ SHAPES = {"K0": (3, 3), "K1": (3, 3), "T_0to1": (4, 4)}
 
 
 def rendered(path: Path, images: Path | None) -> PairSet:
-    """A folder of such files. Raises InputMissing where there are none."""
+    """A folder of such files. Where there is no record of what made them, its digest is that of the files.
+
+    Raises:
+        InputMissing: there are no such files, or the record cannot be read.
+        BadInput: there is no folder of images to such pairs, or the record is none.
+    """
     if images is not None:
         raise BadInput(f"{images}: rendered pairs hold their images", fix="give the folder alone")
     files = sorted(path.glob("*.npz"))
     if not files:
         raise InputMissing(f"{path}: no rendered pairs in it", fix="python -m smc.compiler.evaluation.rendered --pairs 500 --out FOLDER")
-    state = hashlib.sha256()
-    for file in files:
-        state.update(file.name.encode() + b"\0" + file.read_bytes())
     record = read_record(path)
     return PairSet(
         kind="rendered",
@@ -49,17 +52,31 @@ def rendered(path: Path, images: Path | None) -> PairSet:
         names=[file.stem for file in files],
         load=lambda index: read_pair(files[index]),
         files=files,
-        digest=state.hexdigest(),
+        digest=record.get("digest") or _digest(files),
         origin=record.get("origin", ""),
     )
 
 
+def _digest(files: Iterable[Path]) -> str:
+    state = hashlib.sha256()
+    for file in files:
+        state.update(file.name.encode() + b"\0" + file.read_bytes())
+    return state.hexdigest()
+
+
 def read_record(folder: Path) -> dict[str, str]:
-    """What `set.json` of a folder holds: `origin`, and the `digest` of the scenes; nothing where there is none. Raises BadInput."""
+    """What `set.json` of a folder holds: `origin`, and the `digest` of the scenes; nothing where there is none.
+
+    Raises:
+        InputMissing: it cannot be read.
+        BadInput: it is something else.
+    """
     try:
         record = json.loads((folder / RECORD).read_text())
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise InputMissing(f"{folder / RECORD}: {error.strerror}") from error
     except ValueError as error:
         raise BadInput(f"{folder / RECORD}: not a record of rendered pairs ({error})") from error
     if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
@@ -71,20 +88,25 @@ def render(count: int, photographs: Path | None, device: str, out: Path, report:
     """Render held-out scenes into files, but for those that are there. `report` is told how many there are.
 
     Raises:
-        UsageError: the folder holds pairs of another set.
-        CannotWrite: it cannot be written.
+        UsageError: the folder holds pairs of another set, or of one that it does not name.
+        CannotWrite, DiskError: it cannot be written.
+        InputMissing, BadInput: its record cannot be read.
         And what `held_out_scenes` raises.
     """
     scenes = held_out_scenes(Path(str(count)), photographs, device)
     try:
         out.mkdir(parents=True, exist_ok=True)
         record = read_record(out)
-        if record.get("digest", scenes.digest) != scenes.digest:
+        known = record.get("digest")
+        if known is None and (record or any(out.glob("*.npz"))):
+            raise UsageError(f"{out} holds pairs, and no {RECORD} says of which set", fix="give another --out")
+        if known not in (None, scenes.digest):
             raise UsageError(
-                f"{out} holds pairs of another set: {record.get('origin')}",
+                f"{out} holds pairs of another set: {record.get('origin') or known}",
                 fix="give the same --photographs and --device, or another --out",
             )
-        (out / RECORD).write_text(json.dumps({"origin": scenes.origin, "digest": scenes.digest}) + "\n")
+        with replacing(out / RECORD) as temporary:
+            temporary.write_text(json.dumps({"origin": scenes.origin, "digest": scenes.digest}) + "\n")
         for index, name in enumerate(scenes.names):
             if not (out / f"{name}.npz").exists():
                 pair = scenes.load(index)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from smc.compiler.bench.machine import describe_machine, describe_versions
 from smc.compiler.evaluation import estimate
+from smc.compiler.evaluation.data import check_kinds
 from smc.compiler.evaluation.geometry import (
     corner_error,
     direction_error,
@@ -85,9 +86,7 @@ def evaluate(request: EvalRequest, report: Progress = lambda description, fracti
     """
     if not request.data:
         raise UsageError("there is nothing to evaluate on", fix="name a data set: --data KIND:PATH")
-    kinds = [data.kind for data in request.data]
-    if len(set(kinds)) < len(kinds):
-        raise UsageError(f"data sets {', '.join(kinds)}: each has to be of another kind", fix="evaluate them in runs of their own")
+    check_kinds([data.kind for data in request.data])
     if request.draws < 1 or request.iterations < 1:
         raise UsageError(f"{request.draws} draws of {request.iterations} iterations: at least 1 of each")
     chosen = [_chosen(data, request.limit, request.seed) for data in request.data]

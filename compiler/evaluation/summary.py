@@ -11,7 +11,7 @@ import numpy as np
 from smc.compiler.evaluation.metrics import columns_of, figures
 from smc.compiler.evaluation.pairs import Floats, Task
 from smc.compiler.evaluation.records import Config, DataConfig, PairResult
-from smc.compiler.evaluation.results import differences, read_results
+from smc.compiler.evaluation.results import differences, read_results, without_origin
 from smc.exported.errors import UsageError
 
 RESAMPLES = 10_000
@@ -118,9 +118,9 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Comparison]:
 
 
 def _judging(config: Config, shared: dict[str, DataConfig]) -> Config:
-    """What two configs need to have in common: not the matcher, and not how many pairs are taken."""
+    """What two configs need to have in common: not the matcher, not how many pairs are taken, and not which run rendered them."""
     data = [msgspec.structs.replace(data, pairs=0) for kind in shared for data in config.data if data.kind == kind]
-    return msgspec.structs.replace(config, matcher={}, limit=None, data=data)
+    return without_origin(msgspec.structs.replace(config, matcher={}, limit=None, data=data))
 
 
 def paired_differences(task: Task, columns0: Mapping[str, Floats], columns1: Mapping[str, Floats], seed: int = 0) -> dict[str, Difference]:

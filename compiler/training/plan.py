@@ -1,4 +1,5 @@
-"""The curriculum, as a function of the share of a run that is over, so that a run of any length goes through all of it."""
+"""The curriculum, as a function of the share of a run that is over, so that a run of any length goes through all of it; only the
+learning rate's warm-up counts steps."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ EASY_UNTIL, EASY_ANGLE, EASY_OVERLAP = 0.15, 15.0, 0.5
 difficulty when 15% of the run is over."""
 
 PEAK_LR, WARM_UP_STEPS, FINAL_LR = 1e-3, 200, 0.01
-"""The learning rate rises to its peak over 200 steps and falls along a cosine to 1% of it at the end."""
+"""The learning rate rises to its peak over 200 steps, or the first tenth of a run of fewer than 2000, and falls along a cosine to 1% of
+it at the end."""
 
 
 def phase_at(progress: float, phases: tuple[Phase, ...]) -> Phase:
@@ -59,7 +61,9 @@ def difficulty_at(progress: float) -> Difficulty:
     )
 
 
-def lr_at(progress: float, step: int) -> float:
+def lr_at(progress: float, step: int, steps: int | None) -> float:
+    """Of a step, counted from 0; `steps` is the run's length where it goes by steps, None where it goes by time."""
     # By steps, not by the share of the run: compilation takes a good part of a short run's first minute.
-    warm = min((step + 1) / WARM_UP_STEPS, 1.0)
+    warm_up = WARM_UP_STEPS if steps is None else min(WARM_UP_STEPS, max(1, steps // 10))
+    warm = min((step + 1) / warm_up, 1.0)
     return PEAK_LR * warm * (FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)

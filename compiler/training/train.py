@@ -145,7 +145,7 @@ class Run:
             batch = self._draw(self.step)
             while self.progress < 1 and self.step != last:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = lr_at(self.progress, self.step)
+                    group["lr"] = lr_at(self.progress, self.step, options.steps)
                 losses = self._backward(batch)
                 self.pairs += len(batch.overlap)
                 batch = self._draw(self.step + 1)  # while the GPU works on this one
@@ -202,7 +202,7 @@ class Run:
         if state is None:
             return
         own = {"config": self.options.config.to_json(), "seed": self.options.seed, "start": self._origin}
-        if any(state[name] != value for name, value in own.items()):
+        if any(state.get(name) != value for name, value in own.items()):
             raise BadInput(
                 f"{self.options.out} holds a run of another model, seed or start",
                 fix="give another --out, or that run's own --model, --seed and --start",

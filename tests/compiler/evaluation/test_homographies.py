@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from smc.compiler.evaluation.data import open_data
+from smc.compiler.evaluation.geometry import transform
 from smc.compiler.evaluation.homographies import homography_folder, hpatches, read_homography
 from smc.compiler.evaluation.pairs import HomographyPair
 from smc.exported.errors import BadInput, InputMissing
@@ -77,14 +78,36 @@ def test_a_folder_of_which_it_is_not_clear_what_belongs_together(examples: Path,
     [
         ("H.xml", "<opencv_storage><H><rows>3</rows>", "no element found"),
         ("H.xml", "<opencv_storage><H><rows>2</rows><cols>3</cols><data>1 0 0 0 1 0</data></H></opencv_storage>", "3 rows and 3 columns"),
-        ("H.xml", "<opencv_storage><H><rows>3</rows><cols>3</cols><data>1 0 0</data></H></opencv_storage>", "reshape"),
-        ("H.txt", "1 0 0 0 1 0 0 0", "reshape"),
+        ("H.xml", "<opencv_storage><H><rows>3</rows><cols>3</cols><data>1 0 0</data></H></opencv_storage>", "expected, found 3"),
+        ("H.xml", "<opencv_storage><H><rows>3</rows><cols>3</cols></H></opencv_storage>", "nine numbers were expected, found 0"),
+        ("H.txt", "1 0 0 0 1 0 0 0", "nine numbers were expected, found 8"),
         ("H.txt", "1 0 0 0 1 0 0 0 x", "could not convert"),
-        ("H.txt", "1 0 0 0 1 0 0 0 nan", "no inverse"),
+        ("H.txt", "1 0 0 0 1 0 0 0 nan", "not finite"),
         ("H.txt", "1 0 0 0 1 0 0 0 0", "no inverse"),
+        ("H.txt", "0 0 0 0 0 0 0 0 0", "no inverse"),
+        ("H.txt", "1e8 2e8 3e8 4e8 5e8 6e8 7e8 8e8 9e8", "no inverse"),
     ],
 )
 def test_damaged_homographies(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=message) as caught:
         read_homography(tmp_path / name)
+    assert "nine numbers" in caught.value.fix
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-9, -1.0, 1e6])
+def test_a_homography_is_one_at_any_scale(tmp_path: Path, examples: Path, scale: float) -> None:
+    truth = read_homography(examples / "H1to3p.xml")
+    np.savetxt(tmp_path / "H", scale * truth)
+    np.testing.assert_allclose(read_homography(tmp_path / "H"), scale * truth)
+
+
+def test_a_strong_view_of_large_images_is_no_singular_matrix(tmp_path: Path) -> None:
+    corners0 = np.array([[0, 0], [20000, 0], [20000, 15000], [0, 15000]], np.float64)
+    corners1 = np.array([[9000, 9000], [9050, 9000], [20000, 15000], [0, 15000]], np.float64)
+    rows = []
+    for (x, y), (u, v) in zip(corners0, corners1, strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y, -u], [0, 0, 0, x, y, 1, -v * x, -v * y, -v]]
+    np.savetxt(tmp_path / "H", np.linalg.svd(np.array(rows))[2][-1])
+    found = read_homography(tmp_path / "H")
+    np.testing.assert_allclose(transform(found, corners0), corners1, atol=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -42,7 +43,14 @@ def test_the_original_finds_what_a_float32_bundle_finds(tiny_matcher: smc.Matche
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     described, rows, confidence = json.loads(done.stdout)
-    assert described == {"matcher": "original", "variant": "eager-float32", "torch": str(torch.__version__), "shape": [96, 128]}
+    assert described == {
+        "matcher": "original",
+        "variant": "eager-float32",
+        "weights_sha256": hashlib.sha256((tmp_path / "weights.pt").read_bytes()).hexdigest(),
+        "shape": [96, 128],
+        "device": "cpu",
+        "torch": str(torch.__version__),
+    }
 
     bundle = BundleMatcher(tiny_matcher)
     for matcher in (bundle, BlockMatchedBundle(tiny_matcher, "cpu")):
@@ -58,3 +66,29 @@ def test_a_bundle_with_the_originals_matching_is_named_so(tiny_matcher: smc.Matc
     own, block = BundleMatcher(tiny_matcher).describe(), BlockMatchedBundle(tiny_matcher, "cpu").describe()
     assert own["matcher"] != block["matcher"]
     assert own["build_key"] == block["build_key"]
+    assert (block["device"], block["torch"]) == ("cpu", str(torch.__version__))
+
+
+DESCRIBED = """
+import json, sys
+from pathlib import Path
+from smc.compiler.config import ModelConfig
+from smc.compiler.evaluation.original import OriginalMatcher
+config, *weights = sys.argv[1:]
+config = ModelConfig.from_fields(json.loads(config))
+print(json.dumps([OriginalMatcher(config, Path(path), "eager-float32", "cpu", (96, 128)).describe() for path in weights]))
+"""
+
+
+def test_results_of_other_weights_are_not_gone_on_with(tiny_matcher: smc.Matcher, tmp_path: Path) -> None:
+    config = tiny_matcher.manifest.model.config
+    paths = [tmp_path / folder / "weights.pt" for folder in ("first", "again", "other")]
+    for path, seed in zip(paths, (0, 0, 1), strict=True):
+        path.parent.mkdir()
+        torch.save(random_weights(ModelConfig.from_fields(config), seed).tensors, path)
+    command = [sys.executable, "-P", "-c", DESCRIBED, json.dumps(config), *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, again, other = json.loads(done.stdout)
+    assert first == again
+    assert {name for name in first if first[name] != other[name]} == {"weights_sha256"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -131,9 +132,42 @@ def test_rendering_goes_on_and_keeps_to_its_set(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "held-out" / "a.jpg")
     with pytest.raises(UsageError, match="holds pairs of another set: seed 0"):
         render(2, tmp_path / "held-out", "cpu", out)
-    (out / "set.json").write_text("[]")
-    with pytest.raises(BadInput, match="not a record"):
-        open_data(f"rendered:{out}")
+    (out / "set.json").write_text(json.dumps({"digest": "0123"}))
+    with pytest.raises(UsageError, match="holds pairs of another set: 0123"):
+        render(2, None, "cpu", out)
+
+
+@pytest.mark.usefixtures("in_small")
+@pytest.mark.parametrize("record", [None, {}, {"origin": "somewhere"}])
+def test_pairs_of_which_nothing_says_what_they_are_are_not_added_to(tmp_path: Path, record: dict[str, str] | None) -> None:
+    write_pair(tmp_path / "scene0-00000.npz", plane_pair())
+    if record is not None:
+        (tmp_path / "set.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"holds pairs, and no set\.json says of which set"):
+        render(2, None, "cpu", tmp_path)
+    assert not (tmp_path / "scene0-00001.npz").exists()
+
+
+def test_a_set_is_known_by_its_record_else_by_its_files(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a.npz", plane_pair())
+    by_files = open_data(f"rendered:{tmp_path}").digest
+    write_pair(tmp_path / "b.npz", plane_pair())
+    assert open_data(f"rendered:{tmp_path}").digest not in ("", by_files)
+    (tmp_path / "set.json").write_text(json.dumps({"origin": "made", "digest": "0123"}))
+    data = open_data(f"rendered:{tmp_path}")
+    assert (data.digest, data.origin) == ("0123", "made")
+
+
+def test_records_that_are_none(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", image0=noise_image())
+    for text in ("[]", "{", '{"digest": 1}'):
+        (tmp_path / "set.json").write_text(text)
+        with pytest.raises(BadInput, match="not a record"):
+            open_data(f"rendered:{tmp_path}")
+    (tmp_path / "set.json").unlink()
+    (tmp_path / "set.json").mkdir()
+    with pytest.raises(InputMissing, match=r"set\.json: Is a directory"):
+        open_data(f"rendered:{tmp_path}")
 
 
 def test_each_device_has_a_set_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

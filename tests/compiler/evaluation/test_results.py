@@ -90,6 +90,15 @@ def test_another_machine_continues_what_was_begun(tmp_path: Path) -> None:
         assert len(file.rows) == 1
 
 
+def test_data_that_another_torch_rendered_is_the_same_by_its_digest(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path, "a")
+    config = msgspec.structs.replace(CONFIG, data=[msgspec.structs.replace(DATA, origin="rendered by torch 9")])
+    with open_results(path, msgspec.structs.replace(HEADER, config=config)) as file:
+        assert len(file.rows) == 1
+    assert read_results(path)[0] == HEADER  # the first run's
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

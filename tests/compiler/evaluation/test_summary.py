@@ -83,6 +83,12 @@ def test_the_seed_decides_the_resamples(tmp_path: Path) -> None:
     assert RESAMPLES >= 10_000  # of fewer, the ends of an interval still move
 
 
+def test_runs_on_data_that_another_torch_rendered_are_compared(tmp_path: Path) -> None:
+    paths = [write(tmp_path / name, [1.0, 2.0], data=[msgspec.structs.replace(DATA, origin=f"rendered by torch {name}")]) for name in "ab"]
+    (found,) = compare(*paths)
+    assert found.pairs == 2
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -21,7 +21,7 @@ from smc.compiler.scenes.pairs import PairBatch, draw_batch
 from smc.compiler.scenes.textures import draw_textures
 from smc.compiler.training.losses import ALPHA, MATCHING_ALPHA, TEMPERATURE, draw_correspondences, matching_loss, points_loss
 from smc.compiler.training.network import initialise
-from smc.compiler.training.plan import LARGE, PHASES, SMALL, WARM_UP_STEPS, Phase, difficulty_at, lr_at, phase_at
+from smc.compiler.training.plan import LARGE, PEAK_LR, PHASES, SMALL, WARM_UP_STEPS, Phase, difficulty_at, lr_at, phase_at
 from smc.compiler.training.state import STATE
 from smc.compiler.training.train import Options, Run
 from smc.exported.errors import BadInput
@@ -166,10 +166,18 @@ def test_plan_covers_the_run() -> None:
     assert phase_at(0.0, PHASES).shapes[0] == SMALL
     assert phase_at(0.99, PHASES).shapes[0] == phase_at(1.5, PHASES).shapes[0] == LARGE
     assert difficulty_at(0.0).view_angle < 20 < 59 < difficulty_at(0.5).view_angle
-    rates = [lr_at(i / 1000, i) for i in range(1001)]
+    rates = [lr_at(i / 1000, i, None) for i in range(1001)]
     assert rates[0] < 0.01 * max(rates)
     assert max(rates) == rates[WARM_UP_STEPS - 1]
     assert rates[-1] < 0.02 * max(rates)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 100, 1999, 2000, 10_000])
+def test_the_learning_rate_of_a_run_by_steps_reaches_its_peak(steps: int) -> None:
+    rates = [lr_at(i / steps, i, steps) for i in range(steps)]
+    warm_up = rates.index(max(rates))
+    assert warm_up < max(1, min(WARM_UP_STEPS, steps // 10))
+    assert max(rates) > 0.97 * PEAK_LR
 
 
 def test_the_trained_preset_is_small_enough_to_ship() -> None:
@@ -236,6 +244,14 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / STATE).exists()
     with pytest.raises(BadInput, match="another model, seed or start"):
         Run(dataclasses.replace(options(tmp_path), seed=1))
+
+
+def test_a_run_that_was_begun_before_there_were_starts_goes_on(tmp_path: Path) -> None:
+    Run(options(tmp_path)).train([].append, stop_after=1)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    del state["start"]
+    torch.save(state, tmp_path / STATE)
+    assert Run(options(tmp_path)).step == 1
 
 
 def test_a_run_needs_one_limit(tmp_path: Path) -> None:
