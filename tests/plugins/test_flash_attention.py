@@ -5,11 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import itertools
-import json
-import os
 import re
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,13 @@ import torch.nn.functional as F
 from smc.plugins.flash_attention import onnx_function, reference
 from smc.plugins.flash_attention.specification import DOMAIN, HEAD_SIZES, FlashAttention
 from tests.plugins.attention_cases import SMALL, Case, errors, operands
+from tests.plugins.interpreting import run_cases
 
 triton = pytest.importorskip("triton")
 
 from smc.plugins.flash_attention import aot  # noqa: E402
 from smc.plugins.flash_attention.kernel import TILES, Tile  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 OPERATION = FlashAttention(num_heads=2, head_size=64, scale=0.125)
 
@@ -118,17 +115,8 @@ def _run(model: onnx.ModelProto, inputs: dict[str, Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, tuple[float, float]]:
-    """Errors of the small cases. In a process of their own: triton reads TRITON_INTERPRET when it is first imported."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.plugins.attention_cases"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    """Errors of the small cases."""
+    return run_cases("attention_cases")
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)

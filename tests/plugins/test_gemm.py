@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +10,13 @@ import pytest
 from smc.plugins.gemm.launches import Tile, default_tile, launches, tiles
 from smc.plugins.gemm.specification import Gemm, Rotary, Scatter
 from tests.plugins.gemm_cases import HOPPER, SMALL, errors, plain
+from tests.plugins.interpreting import run_cases
 from tests.plugins.launching import run_on_gpu
 from tests.plugins.small_cases import gpu_sm
 
 pytest.importorskip("triton")
 
 from smc.plugins.compile import compile_kernel, fits
-
-ROOT = Path(__file__).parents[2]
 
 # The specification
 
@@ -55,17 +49,8 @@ def test_tma_that_cannot_reach_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, tuple[float, float]]:
-    """Errors of the small cases. In a process of their own: triton reads TRITON_INTERPRET when it is first imported."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.plugins.gemm_cases"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    """Errors of the small cases."""
+    return run_cases("gemm_cases")
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -75,16 +60,7 @@ def test_interpreted(interpreted: dict[str, tuple[float, float]], name: str) -> 
 
 
 def test_the_activation_is_far_finer_than_float16() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.plugins.gelu_case"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    near, far = map(float, run.stdout.split())
+    near, far = run_cases("gelu_case")
     assert near < 7e-7
     assert far < 1e-30  # float64 itself is not 0 at -12
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +12,13 @@ from smc.exported.errors import BadInput
 from smc.plugins.launch import Address, Descriptor
 from smc.plugins.matching.launches import INPUTS, OUTPUTS, default_tile, launches, operand_shapes, tiles, workspace
 from smc.plugins.matching.specification import MAX_STARTS, Matching
+from tests.plugins.interpreting import run_cases
 from tests.plugins.matching_cases import CASES, RESULTS, Case, Maps, answer, ask, difference, maps
 
 pytest.importorskip("triton")
 
 from smc.plugins.compile import compile_kernel, fits
 
-ROOT = Path(__file__).parents[2]
 USUAL = Matching((384, 512), (384, 512))
 
 # What is launched
@@ -68,17 +63,7 @@ def test_the_launches_use_the_operands_within_their_sizes(sm: int) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    """In a process of its own: triton reads TRITON_INTERPRET when it is first imported."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.plugins.matching_cases"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return run_cases("matching_cases")
 
 
 @pytest.mark.parametrize("name", RESULTS)
