@@ -94,6 +94,7 @@ class Run:
         self._started = time.monotonic() if started is None else started
         options.out.mkdir(parents=True, exist_ok=True)
         if self.device.type == "cuda":
+            # Of convolutions alone: rays and projections are products, and TF32 would move them by a fifth of a pixel.
             torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
 
