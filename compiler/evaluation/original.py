@@ -28,7 +28,7 @@ class OriginalMatcher:
 
     def __init__(self, config: ModelConfig, weights: Path, variant: str, device: str, shape: tuple[int, int]) -> None:
         """`weights` is a state dict in float32, as `torch.save` writes it; `shape` the (H, W) of the network's input."""
-        self.variant, self.shape = VARIANTS[variant], shape
+        self.variant, self.shape, self._config = VARIANTS[variant], shape, config
         self._network = TorchNetwork(config, str(weights), self.variant, torch.device(device))
         self._grid = shape[0] // PATCH, shape[1] // PATCH
         self._network.prepare(*self._grid)
@@ -39,6 +39,7 @@ class OriginalMatcher:
         return {
             "matcher": "original",
             "variant": self.variant.name,
+            "model": self._config.to_json(),
             "weights_sha256": self._sha256,
             "shape": list(self.shape),
             **_torch_on(self._network.device),

@@ -46,6 +46,7 @@ def test_the_original_finds_what_a_float32_bundle_finds(tiny_matcher: smc.Matche
     assert described == {
         "matcher": "original",
         "variant": "eager-float32",
+        "model": ModelConfig.from_fields(config).to_json(),
         "weights_sha256": hashlib.sha256((tmp_path / "weights.pt").read_bytes()).hexdigest(),
         "shape": [96, 128],
         "device": "cpu",
