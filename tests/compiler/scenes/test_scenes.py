@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 
 import numpy as np
@@ -18,15 +17,9 @@ from smc.compiler.scenes.geometry import Cameras, Scenes, cast, pixel_grid, reli
 from smc.compiler.scenes.pairs import HeldOutPairs, PairBatch, draw_batch, flat_share
 from smc.compiler.scenes.textures import draw_textures
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEIGHT, WIDTH, COUNT = 48, 64, 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn(seed: int) -> PairBatch:

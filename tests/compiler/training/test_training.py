@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,8 @@ from smc.compiler.training.state import STATE
 from smc.compiler.training.train import Options, Run
 from smc.exported.errors import BadInput
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MICRO = ModelConfig(
     enc_embed_dim=32,
     enc_depth=1,
@@ -38,14 +39,6 @@ MICRO = ModelConfig(
     dpt_level_dims=(8, 8, 8, 8),
     desc_mlp_ratio=0.5,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
