@@ -1,9 +1,14 @@
-"""The same operation for sm 9.0, in Gluon: one warp brings tiles of a and weight, and up to three groups of four warps multiply them.
+"""The same operation for sm 9.0, in Gluon: one warp brings tiles of a and weight, and up to three consumers of warps multiply them.
 
-One program makes tiles of CONSUMERS * 64 rows and BLOCK_N + BLOCK_N2 columns: neither need be a power of two, so that the tiles of a
-product can be as many as the GPU has multiprocessors. Each consumer has 64 rows, which are one instruction's, and both column parts.
-The producer goes STAGES tiles ahead, across the end of an output tile too. It brings weights before it waits for the kernel before
-this one, whose outputs may be the rows of a.
+Each consumer has ROWS rows of an output tile, and both its column parts. Consumers share a tile, of PARTS * ROWS rows and
+BLOCK_N + BLOCK_N2 columns: neither need be a power of two, so that the tiles of a product can be as many as the GPU has
+multiprocessors. Or they take turns (TURNS): each of two has whole tiles, and while one finishes its sums (activation, stores) the
+other multiplies. The producer goes STAGES steps ahead, across the end of an output tile too. It brings weights before it waits for
+the kernel before this one, whose outputs may be the rows of a.
+
+Taking turns: the program's tiles 0, 2, 4, .. are the first consumer's and 1, 3, 5, .. the second's, and steps are numbered through all
+of them. A consumer waits for no stage of its tile before the other one has found its last stage full: a barrier tells only the parity
+of how often it was full, so that who asked for a later time would be content with an earlier one.
 """
 
 # ruff: noqa: N803, N806, SIM102  (capitals are compile-time constants, as is the custom in Triton)
@@ -19,8 +24,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from smc.plugins.gemm.kernel import gelu
 
-ROWS = gl.constexpr(64)
-
 
 @aggregate
 class Operands:
@@ -35,7 +38,7 @@ class Operands:
 @aggregate
 class Buffers:
     """Shared memory: operands, a bias for each consumer, outputs (and, before them, the residual), and the barriers that say which
-    stages are full, which are free, and that the residual is there."""
+    stages are full, which are free, that the residual is there, and whose turn it is."""
 
     a: gl.shared_memory_descriptor
     weight: gl.shared_memory_descriptor
@@ -46,17 +49,20 @@ class Buffers:
     ready: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     free: gl.shared_memory_descriptor
+    turn: gl.shared_memory_descriptor
 
 
 @aggregate
 class Work:
-    """Which tiles there are."""
+    """Which tiles there are, and of which parts."""
 
     m: gl.tensor
     groups: gl.tensor
     N: gl.constexpr
     STEPS: gl.constexpr
-    CONSUMERS: gl.constexpr
+    PARTS: gl.constexpr
+    ROWS: gl.constexpr
+    WARPS: gl.constexpr
     BLOCK_N: gl.constexpr
     BLOCK_N2: gl.constexpr
     BLOCK_K: gl.constexpr
@@ -67,7 +73,7 @@ class Work:
 
     @gluon.jit
     def count(self):
-        return self.groups * gl.cdiv(self.m, self.CONSUMERS * ROWS) * gl.cdiv(self.N, self.BLOCK_N + self.BLOCK_N2)
+        return self.groups * gl.cdiv(self.m, self.PARTS * self.ROWS) * gl.cdiv(self.N, self.BLOCK_N + self.BLOCK_N2)
 
     @gluon.jit
     def steps(self):
@@ -77,14 +83,14 @@ class Work:
     @gluon.jit
     def tile(self, index):
         """Group, first row and first column of a tile. Tiles go down SWATH, then one to the right, as in `kernel`."""
-        tiles_m = gl.cdiv(self.m, self.CONSUMERS * ROWS)
+        tiles_m = gl.cdiv(self.m, self.PARTS * self.ROWS)
         tiles_n = gl.cdiv(self.N, self.BLOCK_N + self.BLOCK_N2)
         group = index // (tiles_m * tiles_n)
         index = index % (tiles_m * tiles_n)
         swath = index // (self.SWATH * tiles_n)
         height = gl.minimum(tiles_m - swath * self.SWATH, self.SWATH)
         within = index % (self.SWATH * tiles_n)
-        row = (swath * self.SWATH + within % height) * (self.CONSUMERS * ROWS)
+        row = (swath * self.SWATH + within % height) * (self.PARTS * self.ROWS)
         return group, row, within // height * (self.BLOCK_N + self.BLOCK_N2)
 
 
@@ -116,6 +122,12 @@ class Epilogue:
     PIECE: gl.constexpr
 
 
+@gluon.constexpr_function
+def _sums(columns, warps):
+    """How a consumer's warps hold sums: rows 16 to a warp, as the instruction leaves them."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16])
+
+
 @gluon.jit
 def _load_weight(p: Operands, w: Buffers, work: Work, number, wanted):
     """Weights of this program's step `number` on their way; the barrier expects a's tile as well."""
@@ -123,7 +135,7 @@ def _load_weight(p: Operands, w: Buffers, work: Work, number, wanted):
     k = number % work.STEPS * work.BLOCK_K
     stage = number % work.STAGES
     full = w.full.index(stage)
-    BYTES: gl.constexpr = (work.CONSUMERS * ROWS + work.BLOCK_N + work.BLOCK_N2) * work.BLOCK_K * 2
+    BYTES: gl.constexpr = (work.PARTS * work.ROWS + work.BLOCK_N + work.BLOCK_N2) * work.BLOCK_K * 2
     mbarrier.expect(full, BYTES, pred=wanted)
     if work.W_SHARED:
         group = 0
@@ -140,9 +152,9 @@ def _load_a(p: Operands, w: Buffers, work: Work, number, wanted):
         group = 0
     elif work.A_ORDER < 0:
         group = work.groups - 1 - group
-    for consumer in gl.static_range(work.CONSUMERS):
-        place = [group, row + consumer * ROWS, number % work.STEPS * work.BLOCK_K]
-        tma.async_load(p.a, place, w.full.index(stage), w.a.index(stage * work.CONSUMERS + consumer), pred=wanted)
+    for part in gl.static_range(work.PARTS):
+        place = [group, row + part * work.ROWS, number % work.STEPS * work.BLOCK_K]
+        tma.async_load(p.a, place, w.full.index(stage), w.a.index(stage * work.PARTS + part), pred=wanted)
 
 
 @gluon.jit
@@ -158,10 +170,10 @@ def _load_first(p: Operands, w: Buffers, work: Work, e: Epilogue, OVERLAPS: gl.c
         _load_a(p, w, work, gl.to_tensor(number2), True)
     if e.RESIDUAL_STAGED:
         group, row, column = work.tile(gl.program_id(0))
-        mbarrier.expect(w.ready, work.CONSUMERS * e.STAGED * ROWS * e.PIECE * 2)
-        for part in gl.static_range(work.CONSUMERS * e.STAGED):
-            place = [group, row + part // e.STAGED * ROWS, column + part % e.STAGED * e.PIECE]
-            tma.async_load(p.residual, place, w.ready, w.out.index(part))
+        mbarrier.expect(w.ready, work.PARTS * e.STAGED * work.ROWS * e.PIECE * 2)
+        for piece in gl.static_range(work.PARTS * e.STAGED):
+            place = [group, row + piece // e.STAGED * work.ROWS, column + piece % e.STAGED * e.PIECE]
+            tma.async_load(p.residual, place, w.ready, w.out.index(piece))
 
 
 @gluon.jit
@@ -180,42 +192,36 @@ def _produce(p: Operands, w: Buffers, work: Work, e: Epilogue, OVERLAPS: gl.cons
 
 
 @gluon.jit
-def _finish(x, group, row, column, m, N: gl.constexpr, e: Epilogue, tables, bias, buffers, CONSUMER: gl.constexpr, NUMBER: gl.constexpr):
+def _finish(x, group, row, column, m, N: gl.constexpr, e: Epilogue, tables, buffers, CONSUMER: gl.constexpr, NUMBER: gl.constexpr):
     """From the sums x, float32, of the part at (row, column) to the stored outputs, PIECE columns at a time.
 
-    `bias` is the part's. Pieces, of which NUMBER is the first's, take turns with the consumer's buffers.
+    Pieces, of which NUMBER is the first's, take turns with the consumer's buffers.
     """
     COLUMNS: gl.constexpr = x.shape[1]
     if COLUMNS > e.PIECE:
         HALF: gl.constexpr = COLUMNS // 2
-        left, right = x.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
-        layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+        left, right = x.reshape(x.shape[0], 2, HALF).permute(0, 2, 1).split()
+        layout: gl.constexpr = _sums(HALF, x.type.layout.warps_per_cta[0])
         left, right = gl.convert_layout(left, layout), gl.convert_layout(right, layout)
-        left_bias, right_bias = bias, bias
-        if e.bias is not None:
-            left_bias, right_bias = bias.slice(0, HALF), bias.slice(HALF, HALF)
-        _finish(left, group, row, column, m, N, e, tables, left_bias, buffers, CONSUMER, NUMBER)
-        _finish(right, group, row, column + HALF, m, N, e, tables, right_bias, buffers, CONSUMER, NUMBER + HALF // e.PIECE)
+        _finish(left, group, row, column, m, N, e, tables, buffers, CONSUMER, NUMBER)
+        _finish(right, group, row, column + HALF, m, N, e, tables, buffers, CONSUMER, NUMBER + HALF // e.PIECE)
     else:
-        _finish_piece(x, group, row, column, m, N, e, tables, bias, buffers, CONSUMER, NUMBER)
+        _finish_piece(x, group, row, column, m, N, e, tables, buffers, CONSUMER, NUMBER)
 
 
 @gluon.jit
-def _finish_piece(
-    x, group, row, column, m, N: gl.constexpr, e: Epilogue, tables, bias, buffers, CONSUMER: gl.constexpr, NUMBER: gl.constexpr
-):
+def _finish_piece(x, group, row, column, m, N: gl.constexpr, e: Epilogue, tables, buffers, CONSUMER: gl.constexpr, NUMBER: gl.constexpr):
     layout: gl.constexpr = x.type.layout
+    ROWS: gl.constexpr = x.shape[0]
     COLUMNS: gl.constexpr = x.shape[1]
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
     columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
-    if e.bias is not None:
-        x += bias.load(gl.SliceLayout(0, layout))[None, :]
     if e.cos is not None:
         if column < e.ROTARY:
             if e.TABLES:
                 c, s = tables
             else:
-                c, s = _tables(row, column, e, layout)
+                c, s = _tables(row, column, e, ROWS, layout)
             x1, x2 = x.reshape(ROWS, COLUMNS // 2, 2).split()
             x = gl.convert_layout(gl.join(x1 * c - x2 * s, x1 * s + x2 * c).reshape(ROWS, COLUMNS), layout)
     if e.ACTIVATION == "gelu":
@@ -248,7 +254,7 @@ def _finish_piece(
 
 
 @gluon.jit
-def _tables(row, column, e: Epilogue, layout: gl.constexpr):
+def _tables(row, column, e: Epilogue, ROWS: gl.constexpr, layout: gl.constexpr):
     """Cosines and sines for the piece at (row, column), which has this layout; 1 and 0 from column ROTARY on."""
     PAIRS: gl.constexpr = e.PIECE // 2
     x1, _ = gl.zeros((ROWS, e.PIECE), gl.float32, layout).reshape(ROWS, PAIRS, 2).split()
@@ -266,45 +272,59 @@ def _tables(row, column, e: Epilogue, layout: gl.constexpr):
 
 
 @gluon.jit
-def _keep_bias(group, column, e: Epilogue, buffer, N: gl.constexpr, COLUMNS: gl.constexpr):
-    """The bias of a tile's part into shared memory: at the end of the sums it would come too late."""
-    columns = column + gl.arange(0, COLUMNS, gl.BlockedLayout([1], [32], [4], [0]))
-    base = e.bias
-    if not e.BIAS_SHARED:
-        base += group * N
-    buffer.store(gl.load(base + columns, mask=columns < N, other=0.0).to(gl.float32))
+def _start(group, column, e: Epilogue, buffer, work: Work, COLUMNS: gl.constexpr):
+    """What a part's sums start from: the bias, which a consumer's threads bring into shared memory for one another, or nothing."""
+    layout: gl.constexpr = _sums(COLUMNS, work.WARPS)
+    sums = gl.zeros((work.ROWS, COLUMNS), gl.float32, layout)
+    if e.bias is not None:
+        columns = column + gl.arange(0, COLUMNS, gl.BlockedLayout([1], [32], [work.WARPS], [0]))
+        base = e.bias
+        if not e.BIAS_SHARED:
+            base += group * work.N
+        buffer.store(gl.load(base + columns, mask=columns < work.N, other=0.0).to(gl.float32))
+        sums = buffer.load(gl.SliceLayout(0, layout))[None, :].broadcast_to(work.ROWS, COLUMNS)
+    return sums
 
 
 @gluon.jit
-def _consume(p: Operands, w: Buffers, work: Work, e: Epilogue, CONSUMER: gl.constexpr, PRODUCES: gl.constexpr, OVERLAPS: gl.constexpr):
-    """64 rows of each tile. PRODUCES: this consumer also brings the operands, where there is no producer."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, work.BLOCK_N, 16])
+def _consume(
+    p: Operands,
+    w: Buffers,
+    work: Work,
+    e: Epilogue,
+    CONSUMER: gl.constexpr,
+    TURNS: gl.constexpr,
+    PRODUCES: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """ROWS rows of each tile, or all of every other one. PRODUCES: this consumer also brings the operands, where there is no producer."""
     AHEAD: gl.constexpr = min(work.STAGES, work.STEPS)
+    PART: gl.constexpr = 0 if TURNS else CONSUMER
+    FIRST: gl.constexpr = CONSUMER if TURNS else 0
+    EVERY: gl.constexpr = 2 if TURNS else 1
     if PRODUCES:
         _load_first(p, w, work, e, OVERLAPS)
         steps = work.steps()
-    done = gl.to_tensor(0)
-    for index in range(gl.program_id(0), work.count(), gl.num_programs(0)):
+    done = gl.to_tensor(FIRST * work.STEPS)
+    turns = gl.to_tensor(0)
+    for index in range(gl.program_id(0) + FIRST * gl.num_programs(0), work.count(), EVERY * gl.num_programs(0)):
         group, row, column = work.tile(index)
-        row += CONSUMER * ROWS
-        if e.bias is not None:
-            _keep_bias(group, column, e, w.bias.index(CONSUMER), work.N, work.BLOCK_N)
-            if work.BLOCK_N2 > 0:
-                _keep_bias(group, column + work.BLOCK_N, e, w.bias2.index(CONSUMER), work.N, work.BLOCK_N2)
+        row += PART * work.ROWS
+        acc = _start(group, column, e, w.bias.index(CONSUMER), work, work.BLOCK_N)
+        if work.BLOCK_N2 > 0:
+            acc2 = _start(group, column + work.BLOCK_N, e, w.bias2.index(CONSUMER), work, work.BLOCK_N2)
         if OVERLAPS:
             gdc_wait()
         tables = (column, column)
         if e.TABLES:
-            piece: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, e.PIECE, 16])
-            tables = _tables(row, 0, e, piece)
-        acc = gl.zeros((ROWS, work.BLOCK_N), gl.float32, layout)
-        if work.BLOCK_N2 > 0:
-            layout2: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, work.BLOCK_N2, 16])
-            acc2 = gl.zeros((ROWS, work.BLOCK_N2), gl.float32, layout2)
+            tables = _tables(row, 0, e, work.ROWS, _sums(e.PIECE, work.WARPS))
+        if TURNS:
+            # The first consumer has its first turn at once: nothing but the phase before a barrier's first one is over from the start.
+            mbarrier.wait(w.turn.index(CONSUMER), (turns + 1 + CONSUMER) & 1)
         for step in range(work.STEPS):
             stage = done % work.STAGES
             mbarrier.wait(w.full.index(stage), done // work.STAGES & 1)
-            a_tile = w.a.index(stage * work.CONSUMERS + CONSUMER)
+            a_tile = w.a.index(stage * work.PARTS + PART)
             acc = warpgroup_mma(a_tile, w.weight.index(stage), acc, is_async=True)
             if work.BLOCK_N2 > 0:
                 acc2 = warpgroup_mma(a_tile, w.weight2.index(stage), acc2, is_async=True)
@@ -316,6 +336,8 @@ def _consume(p: Operands, w: Buffers, work: Work, e: Epilogue, CONSUMER: gl.cons
             if PRODUCES:
                 _load_next(p, w, work, done - 1 + AHEAD, (step > 0) & (done - 1 + AHEAD < steps))
             done += 1
+        if TURNS:
+            mbarrier.arrive(w.turn.index(1 - CONSUMER))
         if work.BLOCK_N2 > 0:
             acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
         else:
@@ -325,25 +347,26 @@ def _consume(p: Operands, w: Buffers, work: Work, e: Epilogue, CONSUMER: gl.cons
             _load_next(p, w, work, done - 1 + AHEAD, done - 1 + AHEAD < steps)
         if e.RESIDUAL_STAGED:
             mbarrier.wait(w.ready, 0)
-        _finish(acc, group, row, column, work.m, work.N, e, tables, w.bias.index(CONSUMER), w.out, CONSUMER, 0)
+        _finish(acc, group, row, column, work.m, work.N, e, tables, w.out, CONSUMER, 0)
         if work.BLOCK_N2 > 0:
-            bias2 = w.bias2.index(CONSUMER)
             PIECES: gl.constexpr = work.BLOCK_N // e.PIECE
-            _finish(acc2, group, row, column + work.BLOCK_N, work.m, work.N, e, tables, bias2, w.out, CONSUMER, PIECES)
+            _finish(acc2, group, row, column + work.BLOCK_N, work.m, work.N, e, tables, w.out, CONSUMER, PIECES)
+        done += (EVERY - 1) * work.STEPS
+        turns += 1
     if e.STAGED > 0:
         tma.store_wait(0)
 
 
 @gluon.jit
 def gemm(
-    a,  # descriptor (groups, m, k) of blocks (1, 64, BLOCK_K)
+    a,  # descriptor (groups, m, k) of blocks (1, ROWS, BLOCK_K)
     weight,  # descriptor (groups or 1, k, n) of blocks (1, BLOCK_K, BLOCK_N)
     weight2,  # the same of blocks (1, BLOCK_K, BLOCK_N2); None where BLOCK_N2 is 0
     bias,  # these, down to width, as in `kernel.gemm`
     cos,
     sin,
     residual,  # likewise if RESIDUAL_STAGED
-    out,  # a descriptor (groups, m, n) of blocks (1, 64, PIECE) if STAGED
+    out,  # a descriptor (groups, m, n) of blocks (1, ROWS, PIECE) if STAGED
     out_relu,
     m,
     groups,
@@ -369,18 +392,23 @@ def gemm(
     PIECE: gl.constexpr,  # columns that are finished at a time
     OVERLAPS: gl.constexpr,
     CONSUMERS: gl.constexpr,
+    WARPS: gl.constexpr,  # a consumer; 8 where there is one consumer
+    ROWS: gl.constexpr,  # a consumer; a multiple of 16 * WARPS
+    TURNS: gl.constexpr,  # two consumers take turns with tiles; else all share each
     PRODUCER: gl.constexpr,  # whether there is one; else the first consumer is it as well
     BLOCK_N: gl.constexpr,
     BLOCK_N2: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     SWATH: gl.constexpr,
+    REGISTERS: gl.constexpr,  # a thread, at the start: the launch's
 ):
     """Grid: (programs, 1, 1), which take turns with the tiles."""
     dtype: gl.constexpr = a.dtype
+    PARTS: gl.constexpr = 1 if TURNS else CONSUMERS
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], dtype)
     n_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_N], dtype)
-    a_tiles = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], k_layout)
+    a_tiles = gl.allocate_shared_memory(dtype, [STAGES * PARTS, ROWS, BLOCK_K], k_layout)
     w_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], n_layout)
     if BLOCK_N2 > 0:
         n2_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_N2], dtype)
@@ -406,11 +434,16 @@ def gemm(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=CONSUMERS)
+        mbarrier.init(free.index(stage), count=PARTS)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for consumer in gl.static_range(2):
+        mbarrier.init(turn.index(consumer), count=1)
     fence_async_shared()
-    w = Buffers(a_tiles, w_tiles, w2_tiles, b_tile, b2_tile, o_tiles, ready, full, free)
+    w = Buffers(a_tiles, w_tiles, w2_tiles, b_tile, b2_tile, o_tiles, ready, full, free, turn)
     steps: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    work = Work(gl.to_tensor(m), gl.to_tensor(groups), N, steps, CONSUMERS, BLOCK_N, BLOCK_N2, BLOCK_K, STAGES, SWATH, A_ORDER, W_SHARED)
+    work = Work(
+        gl.to_tensor(m), gl.to_tensor(groups), N, steps, PARTS, ROWS, WARPS, BLOCK_N, BLOCK_N2, BLOCK_K, STAGES, SWATH, A_ORDER, W_SHARED
+    )  # fmt: skip
     e = Epilogue(
         bias, cos, sin, residual, out, out_relu, gl.to_tensor(r_row), gl.to_tensor(r_group), gl.to_tensor(out_row), gl.to_tensor(out_group),
         gl.to_tensor(tokens), gl.to_tensor(width), BIAS_SHARED, ROTARY, HALF, ACTIVATION, SCALE, STAGED,
@@ -422,29 +455,33 @@ def gemm(
     # Registers a thread: what the workers leave of what all threads together start with is the first's.
     if PRODUCER:
         if CONSUMERS == 1:
-            gl.warp_specialize([(_consume, (p, w, work, e, 0, not PRODUCER, OVERLAPS)), (_produce, (p, w, work, e, OVERLAPS))], [1], [24])
+            gl.warp_specialize(
+                [(_consume, (p, w, work, e, 0, TURNS, not PRODUCER, OVERLAPS)), (_produce, (p, w, work, e, OVERLAPS))], [1], [24]
+            )
         else:
             gl.warp_specialize(
                 [
-                    (_consume, (p, w, work, e, 0, not PRODUCER, OVERLAPS)),
-                    (_consume, (p, w, work, e, 1, False, OVERLAPS)),
+                    (_consume, (p, w, work, e, 0, TURNS, not PRODUCER, OVERLAPS)),
+                    (_consume, (p, w, work, e, 1, TURNS, False, OVERLAPS)),
                     (_produce, (p, w, work, e, OVERLAPS)),
                 ],
                 [4, 1],
-                [240, 24],
+                [(3 * REGISTERS - 24) // 16 * 8, 24],
             )
     elif CONSUMERS == 1:
-        _consume(p, w, work, e, 0, True, OVERLAPS)
+        _consume(p, w, work, e, 0, TURNS, True, OVERLAPS)
     elif CONSUMERS == 2:
         gl.warp_specialize(
-            [(_consume, (p, w, work, e, 0, not PRODUCER, OVERLAPS)), (_consume, (p, w, work, e, 1, False, OVERLAPS))], [4], [128]
+            [(_consume, (p, w, work, e, 0, TURNS, not PRODUCER, OVERLAPS)), (_consume, (p, w, work, e, 1, TURNS, False, OVERLAPS))],
+            [4],
+            [128],
         )
     else:
         gl.warp_specialize(
             [
-                (_consume, (p, w, work, e, 0, not PRODUCER, OVERLAPS)),
-                (_consume, (p, w, work, e, 1, False, OVERLAPS)),
-                (_consume, (p, w, work, e, 2, False, OVERLAPS)),
+                (_consume, (p, w, work, e, 0, TURNS, not PRODUCER, OVERLAPS)),
+                (_consume, (p, w, work, e, 1, TURNS, False, OVERLAPS)),
+                (_consume, (p, w, work, e, 2, TURNS, False, OVERLAPS)),
             ],
             [4, 4],
             [168, 168],

@@ -17,16 +17,17 @@ class Tile:
     """How the work is cut.
 
     Attributes:
-        block_m, block_n: outputs of a tile; powers of two, but for the Hopper kernel, whose block_m is 64 a consumer.
+        block_m, block_n: outputs of a tile; powers of two, but for the Hopper kernel, whose consumers have a power of two of its rows each.
         block_k: elements of k a step; a power of two.
-        warps: a program.
+        warps: a program; a consumer, of the Hopper kernel, which has but one if that has 8.
         stages: steps whose operands are on their way at a time.
         tma: operands come by the tensor memory accelerator.
         swath: tiles down before the next column of tiles.
-        consumers: of the Hopper kernel, groups of four warps that multiply, at most 3; 0 for the plain kernel.
+        consumers: of the Hopper kernel, groups of warps that multiply, at most 3; 0 for the plain kernel.
         block_n2: of the Hopper kernel, further columns of a tile, as a second power of two.
         producer: of the Hopper kernel, a warp for loads alone, which 3 consumers leave no registers for.
         programs: of the Hopper kernel, how many take turns with the tiles; 0: one a tile.
+        turns: of the Hopper kernel, its two consumers have whole tiles in turns, not parts of each.
     """
 
     block_m: int
@@ -40,6 +41,12 @@ class Tile:
     block_n2: int = 0
     producer: bool = True
     programs: int = 0
+    turns: bool = False
+
+    @property
+    def rows(self) -> int:
+        """That one TMA load brings of a."""
+        return self.block_m // (1 if self.turns else max(1, self.consumers))
 
 
 _POINTERS = tuple(
@@ -87,9 +94,12 @@ def tiles(op: Gemm, sm: int) -> list[Tile]:
     return [tile for tile in dict.fromkeys(found) if tile.block_m <= max(64, _power(op.m)) and tile.block_n <= max(64, _power(op.n))]
 
 
-def hopper_tile(consumers: int, block_n: int, block_n2: int, stages: int, producer: bool, programs: int = 0) -> Tile:
-    """A tile of the Hopper kernel."""
-    return Tile(64 * consumers, block_n, 64, 4, stages, True, 8, consumers, block_n2, producer, programs)
+def hopper_tile(
+    consumers: int, block_n: int, block_n2: int, stages: int, producer: bool, programs: int = 0, warps: int = 4, turns: int = 0
+) -> Tile:
+    """A tile of the Hopper kernel, with 16 rows a warp; `turns`: rows of the tiles that consumers take in turns."""
+    rows = turns or 16 * warps * consumers
+    return Tile(rows, block_n, 64, warps, stages, True, 8, consumers, block_n2, producer, programs, turns > 0)
 
 
 def default_tile(op: Gemm, sm: int) -> Tile:
@@ -148,7 +158,7 @@ def launches(op: Gemm, tile: Tile, sm: int) -> list[Launch]:
         give(name, None if dtype is None else Address(name, dtype, offset))
 
     if tile.tma:
-        values["a"] = _a(op, 64 if tile.consumers else tile.block_m, tile.block_k)
+        values["a"] = _a(op, tile.rows, tile.block_k)
         values["weight"] = _weight(op, tile.block_k, tile.block_n)
     else:
         values |= {"a": Address("a", op.dtype, op.a_offset), "weight": Address("weight", op.dtype)}
@@ -173,6 +183,9 @@ def launches(op: Gemm, tile: Tile, sm: int) -> list[Launch]:
         values |= {"m": op.m, "groups": op.groups, **sizes}
         constants |= {
             "CONSUMERS": tile.consumers,
+            "WARPS": tile.warps,
+            "ROWS": tile.rows,
+            "TURNS": tile.turns,
             "BLOCK_N2": tile.block_n2,
             "STAGES": tile.stages,
             "STAGED": staged,
@@ -182,8 +195,9 @@ def launches(op: Gemm, tile: Tile, sm: int) -> list[Launch]:
         tables = rotary is not None and piece == 2 * rotary.half and rotary.columns % piece == 0 and tile.block_n + tile.block_n2 < 256
         constants |= {"RESIDUAL_STAGED": residual_staged, "TABLES": tables, "EXACT": op.out_dtype == "float32", "PIECE": piece}
         programs = min(op.groups * count, tile.programs or op.groups * count)
-        registers = 168 if tile.consumers == 3 or (tile.consumers == 2 and tile.producer) else 128
-        return [launch(_HOPPER, (programs, 1, 1), values, constants, warps=4, stages=1, registers=registers, overlaps=overlaps)]
+        registers = _registers(tile)
+        constants["REGISTERS"] = registers
+        return [launch(_HOPPER, (programs, 1, 1), values, constants, warps=tile.warps, stages=1, registers=registers, overlaps=overlaps)]
     values |= {"m": op.m, "a_row": op.a_row, "a_group": op.a_group, **sizes}
     constants |= {"TMA": tile.tma, "BLOCK_M": tile.block_m, "PRECISION": "tf32x3" if op.dtype == "float32" else "ieee"}
     return [launch(_KERNEL, (count, op.groups, 1), values, constants, warps=tile.warps, stages=tile.stages, overlaps=overlaps)]
@@ -212,7 +226,7 @@ def _stages_outputs(op: Gemm, tile: Tile) -> int:
     if not tile.consumers or op.scatter or op.out_relu or ITEMSIZES[op.out_dtype] != 2:
         return 0
     reached = op.out_row % 8 == 0 and (op.groups == 1 or (op.out_group > 0 and op.out_group % 8 == 0))
-    return (2 if tile.producer else 1) if reached else 0
+    return (2 if tile.producer and not tile.turns else 1) if reached else 0
 
 
 def _stages_residual(op: Gemm, tile: Tile) -> bool:
@@ -224,7 +238,14 @@ def _stages_residual(op: Gemm, tile: Tile) -> bool:
 
 def _rows_of(name: str, op: Gemm, offset: int, group: int, row: int, tile: Tile) -> Descriptor:
     """Of out or residual."""
-    return Descriptor(name, op.out_dtype, (op.groups, op.m, op.n), (group or row, row, 1), (1, 64, _piece(tile)), offset)
+    return Descriptor(name, op.out_dtype, (op.groups, op.m, op.n), (group or row, row, 1), (1, tile.rows, _piece(tile)), offset)
+
+
+def _registers(tile: Tile) -> int:
+    """A thread of the Hopper kernel. Where sums and threads are few enough, there is room beside the program for those of small kernels
+    before and after it."""
+    sums = tile.rows * (tile.block_n + tile.block_n2) // (32 * tile.warps)
+    return 168 if tile.consumers == 3 or sums > 96 else 128
 
 
 def _piece(tile: Tile) -> int:
