@@ -52,6 +52,7 @@ def _produce(
     D: gl.constexpr = w.q.shape[2]
     BYTES: gl.constexpr = BLOCK_N * D * 2
     if OVERLAPS:
+        gdc_launch_dependents()
         gdc_wait()
     mbarrier.expect(w.q_full, CONSUMERS * ROWS * D * 2)
     for consumer in gl.static_range(CONSUMERS):
@@ -65,8 +66,6 @@ def _produce(
         mbarrier.wait(w.v_free.index(stage), phase)
         mbarrier.expect(w.v_full.index(stage), BYTES)
         tma.async_load(v, [other, head, step * BLOCK_N, 0], w.v_full.index(stage), w.v.index(stage))
-    if OVERLAPS:
-        gdc_launch_dependents()
 
 
 @gluon.jit

@@ -170,7 +170,7 @@ def _load_first(p: Operands, w: Buffers, work: Work, e: Epilogue, OVERLAPS: gl.c
         _load_a(p, w, work, gl.to_tensor(number2), True)
     if e.RESIDUAL_STAGED:
         group, row, column = work.tile(gl.program_id(0))
-        mbarrier.expect(w.ready, work.PARTS * e.STAGED * work.ROWS * e.PIECE * 2)
+        mbarrier.expect(w.ready, work.PARTS * e.STAGED * work.ROWS * e.PIECE * w.out.dtype.primitive_bitwidth // 8)
         for piece in gl.static_range(work.PARTS * e.STAGED):
             place = [group, row + piece // e.STAGED * work.ROWS, column + piece % e.STAGED * e.PIECE]
             tma.async_load(p.residual, place, w.ready, w.out.index(piece))

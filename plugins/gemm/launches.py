@@ -70,15 +70,20 @@ more on the H200."""
 
 _HOPPER_TILES = (
     (1, 64, 0, 6, True),
+    (1, 128, 0, 3, True),
     (1, 128, 0, 4, True),
     (2, 64, 32, 6, True),
     (2, 128, 0, 4, True),
     (2, 128, 64, 4, True),
+    (2, 128, 64, 4, True, 132),
     (2, 256, 0, 3, True, 132),
     (3, 128, 64, 4, False),
     (3, 256, 0, 3, False),
+    (3, 256, 0, 3, False, 132),
+    (2, 128, 0, 5, True, 132, 4, 128),
+    (2, 128, 64, 4, True, 132, 4, 128),
 )
-"""Consumers, block_n, block_n2, stages, producer and programs of the Hopper kernel's tiles worth timing, all with 64 elements of k."""
+"""What `hopper_tile` takes for those of the Hopper kernel's tiles that are worth timing, all with 64 elements of k."""
 
 
 def tiles(op: Gemm, sm: int) -> list[Tile]:
@@ -170,7 +175,7 @@ def launches(op: Gemm, tile: Tile, sm: int) -> list[Launch]:
     staged = _stages_outputs(op, tile)
     residual_staged = staged > 0 and _stages_residual(op, tile)
     if residual_staged:
-        staged = (tile.block_n + tile.block_n2) // _piece(tile)
+        staged = (tile.block_n + tile.block_n2) // _piece(op, tile)
         values["residual"] = _rows_of("residual", op, op.r_offset, op.r_group, op.r_row, tile)
     else:
         optional("residual", op.residual, op.r_offset)
@@ -191,7 +196,7 @@ def launches(op: Gemm, tile: Tile, sm: int) -> list[Launch]:
             "STAGED": staged,
             "PRODUCER": tile.producer,
         }
-        piece = _piece(tile)
+        piece = _piece(op, tile)
         tables = rotary is not None and piece == 2 * rotary.half and rotary.columns % piece == 0 and tile.block_n + tile.block_n2 < 256
         constants |= {"RESIDUAL_STAGED": residual_staged, "TABLES": tables, "EXACT": op.out_dtype == "float32", "PIECE": piece}
         programs = min(op.groups * count, tile.programs or op.groups * count)
@@ -221,24 +226,27 @@ def _weight(op: Gemm, rows: int, columns: int) -> Descriptor:
 
 
 def _stages_outputs(op: Gemm, tile: Tile) -> int:
-    """Buffers a consumer for outputs that go through shared memory: those of the Hopper kernel in rows of 16 bit numbers that a
-    tensor map reaches."""
-    if not tile.consumers or op.scatter or op.out_relu or ITEMSIZES[op.out_dtype] != 2:
+    """Buffers a consumer for outputs that go through shared memory: those of the Hopper kernel in rows that a tensor map reaches."""
+    if not tile.consumers or op.scatter or op.out_relu or not _map_reaches(op.out_dtype, op.groups, op.out_group, op.out_row):
         return 0
-    reached = op.out_row % 8 == 0 and (op.groups == 1 or (op.out_group > 0 and op.out_group % 8 == 0))
-    return (2 if tile.producer and not tile.turns else 1) if reached else 0
+    return 2 if tile.producer and not tile.turns else 1
 
 
 def _stages_residual(op: Gemm, tile: Tile) -> bool:
     """Whether the residual comes into the buffers of the outputs: it must be like them, and a program have one tile of modest size."""
-    small = (tile.block_n + tile.block_n2) * tile.block_m * 2 <= 48 << 10
-    reached = op.r_row % 8 == 0 and (op.groups == 1 or (op.r_group > 0 and op.r_group % 8 == 0))
-    return op.residual == op.out_dtype and reached and small and not tile.programs
+    small = (tile.block_n + tile.block_n2) * tile.block_m * ITEMSIZES[op.out_dtype] <= 64 << 10
+    return op.residual == op.out_dtype and _map_reaches(op.out_dtype, op.groups, op.r_group, op.r_row) and small and not tile.programs
+
+
+def _map_reaches(dtype: str, groups: int, group: int, row: int) -> bool:
+    """Whether a tensor map can describe rows of n elements: its strides are positive multiples of 16 bytes."""
+    whole = 16 // ITEMSIZES[dtype]
+    return row % whole == 0 and (groups == 1 or (group > 0 and group % whole == 0))
 
 
 def _rows_of(name: str, op: Gemm, offset: int, group: int, row: int, tile: Tile) -> Descriptor:
     """Of out or residual."""
-    return Descriptor(name, op.out_dtype, (op.groups, op.m, op.n), (group or row, row, 1), (1, tile.rows, _piece(tile)), offset)
+    return Descriptor(name, op.out_dtype, (op.groups, op.m, op.n), (group or row, row, 1), (1, tile.rows, _piece(op, tile)), offset)
 
 
 def _registers(tile: Tile) -> int:
@@ -248,8 +256,9 @@ def _registers(tile: Tile) -> int:
     return 168 if tile.consumers == 3 or sums > 96 else 128
 
 
-def _piece(tile: Tile) -> int:
-    return min(64, tile.block_n, tile.block_n2 or 64)
+def _piece(op: Gemm, tile: Tile) -> int:
+    """Columns that are finished at a time: at most what a tensor map moves of a row in one swizzled block, 128 bytes."""
+    return min(128 // ITEMSIZES[op.out_dtype], tile.block_n, tile.block_n2 or tile.block_n)
 
 
 def _tma_reaches(op: Gemm) -> bool:

@@ -41,8 +41,8 @@ FAR = tl.constexpr(2**31 - 1)
 @triton.jit
 def _begin(OVERLAPS: tl.constexpr):
     if OVERLAPS:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

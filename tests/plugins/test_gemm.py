@@ -137,9 +137,12 @@ def test_the_hopper_kernel(name: str) -> None:
     if gpu_sm() != 90:
         pytest.skip("for sm 9.0 alone")
     _needs_gluon()
+    op, tile = HOPPER[name]
+    # The tensor cores round each sum of 16 products towards 0: what a float32 output shows and a float16 one hides.
+    truncated = op.k / 16 * 2.0**-24
     for seed in range(2):
-        ours, plainly = errors(*HOPPER[name], 90, run_on_gpu, seed)
-        assert ours <= 2 * plainly
+        ours, plainly = errors(op, tile, 90, run_on_gpu, seed)
+        assert ours <= 2 * plainly + truncated
 
 
 @pytest.mark.gpu
