@@ -186,6 +186,7 @@ def run(options: argparse.Namespace) -> None:
         differences=differences,
         model={"source": checkpoint.source, "sha256": checkpoint.sha256, "device": device},
         created=datetime.date.today().isoformat(),
+        command=["python", *sys.argv],
         machine=describe_machine(),
         versions=describe_versions(),
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,7 @@ class Report:
         differences: those of `comparisons`.
         model: "source" and "sha256" of the weights, "device" of the original.
         created: the date.
+        command: that made it.
         machine, versions: see `smc.compiler.bench.machine`.
     """
 
@@ -112,6 +114,7 @@ class Report:
     differences: Differences
     model: Mapping[str, Any]
     created: str
+    command: Sequence[str]
     machine: Mapping[str, str]
     versions: Mapping[str, str]
 
@@ -128,6 +131,7 @@ class Report:
         done = self._done()
         return {
             "created": self.created,
+            "command": list(self.command),
             "machine": self.machine,
             "versions": self.versions,
             "model": self.model,
@@ -157,6 +161,8 @@ class Report:
             "",
             f"{self.created}, {self.machine.get('gpu', self.machine.get('processor'))}, torch {self.versions.get('torch')}; "
             f"model {model['source']}, sha256 {str(model['sha256'])[:16]}.",
+            "",
+            f"    {shlex.join(self.command)}",
             "",
         ]
         if failed := [[rung.step.technique, rung.failure] for rung in self.rungs if rung.failure]:

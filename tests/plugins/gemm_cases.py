@@ -78,14 +78,14 @@ HOPPER: dict[str, tuple[Gemm, Tile]] = {
     "fewer steps than stages": (plain(2, 300, 512, 96, activation="relu"), hopper_tile(2, 128, 0, 5, True, 7)),
     "three, fewer steps": (plain(2, 300, 512, 96, activation="relu"), hopper_tile(3, 64, 0, 6, False, 5)),
     "odd": (plain(3, 771, 1000, 328, bias="float32", residual="float32", out_dtype="float32"), hopper_tile(2, 128, 64, 4, True)),
-    "float32 rows": (
-        plain(2, 768, 768, 768, bias="float16", residual="float32", out_dtype="float32"), hopper_tile(2, 64, 32, 6, True)
-    ),
+    "float32 rows": (plain(2, 768, 768, 768, bias="float16", residual="float32", out_dtype="float32"), hopper_tile(2, 64, 32, 6, True)),
     "float32 rows, one consumer": (
-        plain(2, 700, 768, 3072, bias="float16", residual="float32", out_dtype="float32"), hopper_tile(1, 128, 0, 3, True)
+        plain(2, 700, 768, 3072, bias="float16", residual="float32", out_dtype="float32"),
+        hopper_tile(1, 128, 0, 3, True),
     ),
     "float32 rows, several tiles": (
-        plain(2, 768, 768, 192, bias="float16", residual="float32", out_dtype="float32"), hopper_tile(2, 128, 0, 4, True, 29)
+        plain(2, 768, 768, 192, bias="float16", residual="float32", out_dtype="float32"),
+        hopper_tile(2, 128, 0, 4, True, 29),
     ),
     "rotary across a piece": (
         plain(1, 400, 360, 192, rotary=Rotary(48, 100, 8, "float16"), residual="float16"),

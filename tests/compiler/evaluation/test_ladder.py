@@ -51,7 +51,16 @@ def report_of(rungs: list[Rung]) -> Report:
     differences = {key: paired_differences(*both) for key, both in comparisons(rungs, DRAWS).items()}
     model = {"source": "made", "sha256": "0123456789abcdef0123", "device": "cpu"}
     machine, versions = {"processor": "a processor"}, {"torch": "2.9"}
-    return Report(rungs=rungs, draws=DRAWS, differences=differences, model=model, created="2026-01-01", machine=machine, versions=versions)
+    return Report(
+        rungs=rungs,
+        draws=DRAWS,
+        differences=differences,
+        model=model,
+        created="2026-01-01",
+        command=["python", "accuracy.py", "--out", "to here"],
+        machine=machine,
+        versions=versions,
+    )
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -69,6 +78,7 @@ def test_what_the_tables_say(tmp_path: Path) -> None:
     kinds: dict[str, tuple[Task, dict[str, float]]] = {"rendered": ("pose", PIXELS | EPIPOLAR), "homography": ("homography", PIXELS)}
     report = report_of([made_rung(number, kinds, tmp_path) for number in (0, 1, 2)])
     text = report.markdown()
+    assert "    python accuracy.py --out 'to here'" in text.splitlines()
     assert "## rendered: 6 pairs\n\nmade rendered.\n" in text
     assert "estimated 2 times" in text
     assert "poselib 2.0.5, at most 1,000 samples, inliers of a pose within 2 px" in text
