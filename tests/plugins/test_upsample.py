@@ -65,6 +65,16 @@ def test_compiles(sm: int) -> None:
     assert fits(compile_kernel(launch.kernel, sm), sm)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 24, 192, 255, 1000])
+def test_of_a_map_of_twice_the_size_outputs_share_their_neighbours_in_pairs(size: int) -> None:
+    assert launches.cell_of(size, 2 * size) == 2
+
+
+@pytest.mark.parametrize(("size", "out_size"), [(4, 11), (3, 3), (6, 1), (8, 4), (5, 9)])
+def test_at_other_sizes_outputs_do_not(size: int, out_size: int) -> None:
+    assert launches.cell_of(size, out_size) == 1
+
+
 def test_candidates() -> None:
     found = launches.tiles(MODEL, 90)
     assert found[0] == launches.default_tile(MODEL, 90)
