@@ -69,7 +69,7 @@ class Kernel:
         stages: of software pipelining.
         registers: the most a thread may use; None for the compiler's choice.
         overlaps: whether it may start while the kernel before it ends (programmatic dependent launch, sm 9.0 and newer). It then
-            waits (`gdc_wait`) before it touches any memory but weights.
+            waits (`gdc_wait`) before it touches any memory but weights, and in every program before it ends.
     """
 
     function: str

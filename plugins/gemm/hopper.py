@@ -1,4 +1,5 @@
-"""The same operation for sm 9.0, in Gluon: one warp brings tiles of a and weight, and up to three consumers of warps multiply them.
+"""The same operation for sm 9.0, in Gluon: one warp brings tiles of a and weight, and up to three consumers, groups of warps, multiply
+them.
 
 Each consumer has ROWS rows of an output tile, and both its column parts. Consumers share a tile, of PARTS * ROWS rows and
 BLOCK_N + BLOCK_N2 columns: neither need be a power of two, so that the tiles of a product can be as many as the GPU has
@@ -7,8 +8,8 @@ other multiplies. The producer goes STAGES steps ahead, across the end of an out
 the kernel before this one, whose outputs may be the rows of a.
 
 Taking turns: the program's tiles 0, 2, 4, .. are the first consumer's and 1, 3, 5, .. the second's, and steps are numbered through all
-of them. A consumer waits for no stage of its tile before the other one has found its last stage full: a barrier tells only the parity
-of how often it was full, so that who asked for a later time would be content with an earlier one.
+of them. A consumer waits for no stage of its tile before the other one has found its last stage full: a barrier tells only the parity of
+its phase, so that a wait that is two phases early would return at once.
 """
 
 # ruff: noqa: N803, N806, SIM102  (capitals are compile-time constants, as is the custom in Triton)
@@ -474,7 +475,7 @@ def gemm(
         gl.warp_specialize(
             [(_consume, (p, w, work, e, 0, TURNS, not PRODUCER, OVERLAPS)), (_consume, (p, w, work, e, 1, TURNS, False, OVERLAPS))],
             [4],
-            [128],
+            [REGISTERS],
         )
     else:
         gl.warp_specialize(
@@ -484,5 +485,5 @@ def gemm(
                 (_consume, (p, w, work, e, 2, TURNS, False, OVERLAPS)),
             ],
             [4, 4],
-            [168, 168],
+            [REGISTERS, REGISTERS],
         )

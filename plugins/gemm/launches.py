@@ -45,7 +45,7 @@ class Tile:
 
     @property
     def rows(self) -> int:
-        """That one TMA load brings of a."""
+        """Rows of a that one TMA load brings."""
         return self.block_m // (1 if self.turns else max(1, self.consumers))
 
 
@@ -124,8 +124,10 @@ def launches(op: Gemm, tile: Tile, sm: int) -> list[Launch]:
     """The launch that computes `op`. Operands: a, weight, bias, cos, sin, residual, out, out_relu, those of them that there are.
 
     Raises:
-        ValueError: the tile takes operands by TMA, which cannot reach them.
+        ValueError: the tile takes operands by TMA, which cannot reach them, or the Hopper kernel knows no such tile.
     """
+    if (tile.turns and not (tile.consumers == 2 and tile.producer)) or (tile.consumers > 1 and tile.warps != 4):
+        raise ValueError(f"turns are for two consumers and a producer, and 8 warps for one consumer: {tile}")
     overlaps = sm >= 90
     rotary, scatter = op.rotary, op.scatter
     values: dict[str, Value] = {}
@@ -197,11 +199,17 @@ def launches(op: Gemm, tile: Tile, sm: int) -> list[Launch]:
             "PRODUCER": tile.producer,
         }
         piece = _piece(op, tile)
-        tables = rotary is not None and piece == 2 * rotary.half and rotary.columns % piece == 0 and tile.block_n + tile.block_n2 < 256
-        constants |= {"RESIDUAL_STAGED": residual_staged, "TABLES": tables, "EXACT": op.out_dtype == "float32", "PIECE": piece}
-        programs = min(op.groups * count, tile.programs or op.groups * count)
         registers = _registers(tile)
-        constants["REGISTERS"] = registers
+        roomy = tile.block_n + tile.block_n2 < 256 and _sums(tile) <= 128  # the tables stay in registers beside the sums
+        tables = rotary is not None and piece == 2 * rotary.half and rotary.columns % piece == 0 and roomy
+        constants |= {
+            "RESIDUAL_STAGED": residual_staged,
+            "TABLES": tables,
+            "EXACT": op.out_dtype == "float32",
+            "PIECE": piece,
+            "REGISTERS": registers,
+        }
+        programs = min(op.groups * count, tile.programs or op.groups * count)
         return [launch(_HOPPER, (programs, 1, 1), values, constants, warps=tile.warps, stages=1, registers=registers, overlaps=overlaps)]
     values |= {"m": op.m, "a_row": op.a_row, "a_group": op.a_group, **sizes}
     constants |= {"TMA": tile.tma, "BLOCK_M": tile.block_m, "PRECISION": "tf32x3" if op.dtype == "float32" else "ieee"}
@@ -241,19 +249,24 @@ def _stages_residual(op: Gemm, tile: Tile) -> bool:
 def _map_reaches(dtype: str, groups: int, group: int, row: int) -> bool:
     """Whether a tensor map can describe rows of n elements: its strides are positive multiples of 16 bytes."""
     whole = 16 // ITEMSIZES[dtype]
-    return row % whole == 0 and (groups == 1 or (group > 0 and group % whole == 0))
+    return row > 0 and row % whole == 0 and (groups == 1 or (group > 0 and group % whole == 0))
 
 
 def _rows_of(name: str, op: Gemm, offset: int, group: int, row: int, tile: Tile) -> Descriptor:
     """Of out or residual."""
-    return Descriptor(name, op.out_dtype, (op.groups, op.m, op.n), (group or row, row, 1), (1, tile.rows, _piece(op, tile)), offset)
+    strides = (group if op.groups > 1 else row, row, 1)
+    return Descriptor(name, op.out_dtype, (op.groups, op.m, op.n), strides, (1, tile.rows, _piece(op, tile)), offset)
 
 
 def _registers(tile: Tile) -> int:
     """A thread of the Hopper kernel. Where sums and threads are few enough, there is room beside the program for those of small kernels
     before and after it."""
-    sums = tile.rows * (tile.block_n + tile.block_n2) // (32 * tile.warps)
-    return 168 if tile.consumers == 3 or sums > 96 else 128
+    return 168 if tile.consumers == 3 or _sums(tile) > 96 else 128
+
+
+def _sums(tile: Tile) -> int:
+    """Of a thread of the Hopper kernel's consumers."""
+    return tile.rows * (tile.block_n + tile.block_n2) // (32 * tile.warps)
 
 
 def _piece(op: Gemm, tile: Tile) -> int:

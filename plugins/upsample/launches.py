@@ -26,14 +26,13 @@ class Tile:
 
 def tiles(op: Upsample, sm: int) -> list[Tile]:
     """Candidates worth timing, the default first."""
-    first, channels = default_tile(op, sm), power_of_two(op.channels)
-    half = min(channels, 128)
+    first, channels = default_tile(op, sm), min(128, power_of_two(op.channels))
     found = [
-        Tile(1, 4, half, 2),
-        Tile(1, 8, half, 4),
-        Tile(2, 8, half, 4),
-        Tile(2, 8, half, 8),
-        Tile(4, 4, half, 8),
+        Tile(1, 4, channels, 2),
+        Tile(1, 8, channels, 4),
+        Tile(2, 8, channels, 4),
+        Tile(2, 8, channels, 8),
+        Tile(4, 4, channels, 8),
         Tile(4, 8, min(channels, 64), 8),
     ]
     return [first, *(tile for tile in dict.fromkeys(found) if tile != first)]

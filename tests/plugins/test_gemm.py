@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from smc.plugins.gemm.launches import Tile, default_tile, launches, tiles
+from smc.plugins.gemm.launches import Tile, default_tile, hopper_tile, launches, tiles
 from smc.plugins.gemm.specification import Gemm, Rotary, Scatter
+from smc.plugins.launch import Descriptor
 from tests.plugins.gemm_cases import HOPPER, SMALL, errors, plain
 from tests.plugins.interpreting import run_cases
 from tests.plugins.launching import run_on_gpu
@@ -42,6 +43,26 @@ def test_what_cannot_be_is_refused(attributes: dict[str, Any], why: str) -> None
 def test_tma_that_cannot_reach_is_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         launches(plain(1, 32, 33, 32), Tile(32, 32, 32, 4, 3, tma=True), 90)
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        hopper_tile(2, 64, 0, 3, False, 40, 4, 64),
+        hopper_tile(3, 64, 0, 3, True, 40, 4, 64),
+        hopper_tile(2, 64, 0, 3, True, warps=8),
+    ],
+    ids=["turns without a producer", "turns of three", "two consumers of eight warps"],
+)
+def test_tiles_that_the_hopper_kernel_cannot_do_are_refused(tile: Tile) -> None:
+    with pytest.raises(ValueError, match="turns are for two consumers"):
+        launches(plain(1, 256, 256, 256), tile, 90)
+
+
+def test_rows_of_one_group_are_described_by_their_own_stride() -> None:
+    (launch,) = launches(plain(1, 128, 128, 64, out_group=10401), hopper_tile(1, 64, 0, 3, True), 90)
+    (out,) = (value for value in launch.values if isinstance(value, Descriptor) and value.operand == "out")
+    assert out.strides == (128, 128, 1)
 
 
 # The kernel's arithmetic, on the CPU
@@ -86,6 +107,14 @@ def test_the_default_tile_compiles_and_fits(op: Gemm, sm: int) -> None:
 def test_the_hopper_kernel_compiles_and_fits(name: str) -> None:
     _needs_gluon()
     (launch,) = launches(*HOPPER[name], 90)
+    assert fits(compile_kernel(launch.kernel, 90), 90)
+
+
+@pytest.mark.parametrize("name", ["two consumers", "turns"])
+def test_the_hopper_kernel_takes_bfloat16(name: str) -> None:
+    _needs_gluon()
+    op, tile = HOPPER[name]
+    (launch,) = launches(replace(op, dtype="bfloat16", out_dtype="bfloat16", residual=op.residual and "bfloat16"), tile, 90)
     assert fits(compile_kernel(launch.kernel, 90), 90)
 
 
@@ -139,7 +168,7 @@ def test_the_hopper_kernel(name: str) -> None:
     _needs_gluon()
     op, tile = HOPPER[name]
     # The tensor cores round each sum of 16 products towards 0: what a float32 output shows and a float16 one hides.
-    truncated = op.k / 16 * 2.0**-24
+    truncated = op.k / 16 * 2.0**-24 if op.out_dtype == "float32" else 0.0
     for seed in range(2):
         ours, plainly = errors(op, tile, 90, run_on_gpu, seed)
         assert ours <= 2 * plainly + truncated

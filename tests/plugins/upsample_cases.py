@@ -65,6 +65,7 @@ SMALL = [
     Case(6, 5, 1, 3, 16, groups=1, residual=True),
     Case(4, 5, 11, 9, 8, groups=1),
     Case(4, 5, 8, 9, 16, groups=1, batch=2, residual=True, both=True),
+    Case(2, 3, 6, 10, 16, groups=1),
     Case(9, 7, 18, 14, 8, groups=3, batch=2, tile=Tile(2, 2, 16, 1)),
     Case(3, 3, 6, 6, 16, dtype="float32", residual=True),
 ]
