@@ -40,7 +40,8 @@ class ProgramWriter:
         made = [(call, launched) for call, launched in self._cut(lowered.calls) if launched]  # none for what is empty
         calls = [call for call, _ in made]
         slots = assign(calls)
-        arena = pack(calls, slots, {view.buffer for view in (*lowered.inputs.values(), *lowered.outputs.values())})
+        kept = dict.fromkeys(view.buffer for view in (*lowered.inputs.values(), *lowered.outputs.values()))  # in order, as no set is
+        arena = pack(calls, slots, kept)
         steps: list[Step] = []
         last_step: list[int] = []  # of each call
         for (call, launched), slot, part in zip(made, slots, parts(calls, lowered.outputs), strict=True):

@@ -87,6 +87,17 @@ def test_inputs_outputs_and_labels(tmp_path: Path) -> None:
     assert labels == ["Gemm first", "LayerNorm norm", "Conv conv", "Upsample up"]
 
 
+def test_a_graph_gives_the_same_plan_every_time(tmp_path: Path) -> None:
+    """Its outputs are of one size, so that only their order says which lies where."""
+    b = Builder()
+    x = b.input("x", [2, 12, 64], np.float16)
+    for seed in range(6):
+        b.output(b.op("MatMul", x, weights(64, 64, seed=seed).astype(np.float16)), np.float16)
+    model = b.model()
+    plans = [made(model, tmp_path, 80)[0] for _ in range(4)]
+    assert all(plan == plans[0] for plan in plans)
+
+
 def test_equal_kernels_are_there_once(tmp_path: Path) -> None:
     """Two layers of the same sizes: other weights, the same machine code."""
     b = Builder()
