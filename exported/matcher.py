@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -108,7 +109,9 @@ class Matcher:
         """
         _check_options(pixel_tol, both_ways, border)  # before the encoder runs
         request = MatchRequest(subsample, pixel_tol, both_ways, points3d)
-        view0, view1 = self._load(image0, exif), self._load(image1, exif)
+        view0, view1 = self._load_both(image0, image1, exif)
+        for view in (view0, view1):
+            _warn_if_cropped(view)
         if isinstance(self._engine, MatchingEngine):
             found = self._engine.match_images(view0.rgb, view1.rgb, request)
         else:
@@ -119,6 +122,7 @@ class Matcher:
     def encode(self, image: ImageSource, *, exif: ExifChoice = "apply") -> Features:
         """Encode one image, to be matched against any number of others. Raises InputMissing, BadImage, UsageError."""
         view = self._load(image, exif)
+        _warn_if_cropped(view)
         return Features(self._engine.encode(view.rgb[None]), view, self.manifest.build_key)
 
     def match_features(
@@ -182,16 +186,20 @@ class Matcher:
         return {name: values[0] for name, values in maps.items()}
 
     def _load(self, image: ImageSource, exif: ExifChoice) -> View:
-        """An image as the network sees it. Warns where the crop loses much of it."""
-        view = load_view(image, self.manifest.input_shapes, exif)
-        if view.kept < WARN_KEPT:
-            width, height = view.image_size
-            warnings.warn(
-                f"the bundle's input shapes keep only {view.kept:.0%} of a {width}x{height} image; "
-                "build it with a --shape of that aspect ratio",
-                stacklevel=3,
-            )
-        return view
+        """An image as the network sees it."""
+        return load_view(image, self.manifest.input_shapes, exif)
+
+    def _load_both(self, image0: ImageSource, image1: ImageSource, exif: ExifChoice) -> tuple[View, View]:
+        """Two images at once: decoding and resizing, which Pillow does without Python's lock, take longer than a fast GPU's network."""
+        if image0 is image1 or self._is_sized(image0) or self._is_sized(image1):  # two threads are not to use one image of Pillow's
+            return self._load(image0, exif), self._load(image1, exif)
+        with ThreadPoolExecutor(1) as other:  # a new thread: a lasting one would be lost where the process forks
+            loading = other.submit(self._load, image1, exif)
+            return self._load(image0, exif), loading.result()
+
+    def _is_sized(self, image: ImageSource) -> bool:
+        """Whether an image is loaded in less time than a thread begins in."""
+        return isinstance(image, np.ndarray) and image.shape[:2] in self.manifest.input_shapes
 
     def _match_on_host(self, tokens0: Any, tokens1: Any, request: MatchRequest) -> PairMatches:
         maps = self._decode(tokens0, tokens1)
@@ -218,6 +226,17 @@ class Matcher:
                 f"a view of {view.shape[3]}x{view.shape[2]}: the bundle was built for {known}",
                 fix=f"build it with --shape {view.shape[3]}x{view.shape[2]}",
             )
+
+
+def _warn_if_cropped(view: View) -> None:
+    """Warn of an image that the crop loses much of."""
+    if view.kept < WARN_KEPT:
+        width, height = view.image_size
+        warnings.warn(
+            f"the bundle's input shapes keep only {view.kept:.0%} of a {width}x{height} image; "
+            "build it with a --shape of that aspect ratio",
+            stacklevel=3,
+        )
 
 
 def _in_images(found: PairMatches, view0: View, view1: View, border: int, min_confidence: float) -> Matches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -303,6 +304,27 @@ def test_it_warns_where_little_of_an_image_is_kept(tiny_matcher: smc.Matcher, si
     else:
         with pytest.warns(UserWarning, match=f"{kept} of a {size[0]}x{size[1]} image; build it with a --shape"):
             tiny_matcher.encode(image)
+
+
+def test_of_two_bad_images_the_first_is_reported(tiny_matcher: smc.Matcher, examples: Path, tmp_path: Path) -> None:
+    good, bad, worse = examples / "graf1.png", tmp_path / "absent.png", tmp_path / "text.png"
+    worse.write_text("no image")
+    for pair, error, name in (
+        ((bad, worse), smc.InputMissing, bad),
+        ((good, worse), smc.BadImage, worse),
+        ((worse, bad), smc.BadImage, worse),
+    ):
+        with pytest.raises(error, match=name.name):
+            tiny_matcher.match(*pair)
+
+
+def test_images_loaded_at_once_are_those_loaded_one_by_one(tiny_matcher: smc.Matcher, examples: Path) -> None:
+    sources = [examples / "graf1.png", Image.open(examples / "graf3.png"), np.asarray(Image.open(examples / "graf3.png"))]
+    for pair in itertools.product(sources, repeat=2):
+        matches = tiny_matcher.match(*pair)
+        alone = tiny_matcher.match_features(*(tiny_matcher.encode(image) for image in pair))
+        np.testing.assert_array_equal(matches.keypoints1, alone.keypoints1)
+        assert (matches.image_size0, matches.image_size1) == (alone.image_size0, alone.image_size1)
 
 
 def test_a_warning_is_about_the_callers_line(tiny_matcher: smc.Matcher) -> None:
