@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from smc.exported.bundle import open_bundle
 from smc.exported.engines import DeviceEngine, Engine, MatchingEngine, MatchRequest, PairMatches, load_engine
@@ -17,6 +17,7 @@ from smc.exported.errors import BadInput, UsageError
 from smc.exported.images import ExifChoice, ImageSource, View, load_view
 from smc.exported.manifest import Manifest
 from smc.exported.matching import fast_reciprocal_nn, match_confidence, reciprocal_nn_both_ways
+from smc.exported.threads import in_thread
 
 if TYPE_CHECKING:
     from smc.exported.engines.cuda_memory import DeviceArray
@@ -191,14 +192,14 @@ class Matcher:
 
     def _load_both(self, image0: ImageSource, image1: ImageSource, exif: ExifChoice) -> tuple[View, View]:
         """Two images at once: decoding and resizing, which Pillow does without Python's lock, take longer than a fast GPU's network."""
-        if image0 is image1 or self._is_sized(image0) or self._is_sized(image1):  # two threads are not to use one image of Pillow's
+        # Two of Pillow's images may read from one file when they are first used, which is no work for two threads.
+        if (isinstance(image0, Image.Image) and isinstance(image1, Image.Image)) or self._is_sized(image0) or self._is_sized(image1):
             return self._load(image0, exif), self._load(image1, exif)
-        with ThreadPoolExecutor(1) as other:  # a new thread: a lasting one would be lost where the process forks
-            loading = other.submit(self._load, image1, exif)
-            return self._load(image0, exif), loading.result()
+        loading = in_thread(lambda: self._load(image1, exif))
+        return self._load(image0, exif), loading.result()
 
     def _is_sized(self, image: ImageSource) -> bool:
-        """Whether an image is loaded in less time than a thread begins in."""
+        """Whether an image needs no resize, without which a thread is not worth its start."""
         return isinstance(image, np.ndarray) and image.shape[:2] in self.manifest.input_shapes
 
     def _match_on_host(self, tokens0: Any, tokens1: Any, request: MatchRequest) -> PairMatches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -325,6 +326,14 @@ def test_images_loaded_at_once_are_those_loaded_one_by_one(tiny_matcher: smc.Mat
         alone = tiny_matcher.match_features(*(tiny_matcher.encode(image) for image in pair))
         np.testing.assert_array_equal(matches.keypoints1, alone.keypoints1)
         assert (matches.image_size0, matches.image_size1) == (alone.image_size0, alone.image_size1)
+
+
+def test_images_that_share_a_file_are_read_one_after_the_other(tiny_matcher: smc.Matcher, examples: Path) -> None:
+    file = io.BytesIO((examples / "graf1.png").read_bytes())
+    alone = tiny_matcher.match(examples / "graf1.png", examples / "graf1.png")
+    for _ in range(3):
+        matches = tiny_matcher.match(Image.open(file), Image.open(file))  # Pillow reads an image's pixels when they are first asked for
+        np.testing.assert_array_equal(matches.keypoints1, alone.keypoints1)
 
 
 def test_a_warning_is_about_the_callers_line(tiny_matcher: smc.Matcher) -> None:
