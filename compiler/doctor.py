@@ -67,7 +67,7 @@ def _kernel_compiler() -> Finding:
     """Triton is in no extra of its own: CUDA plans need it where they are built, on top of `[compile]`, and nowhere else."""
     found, lacking = _installed(("triton",))
     subject = "building CUDA plans"
-    return Finding(subject, "absent", "lacks triton", "pip install triton") if lacking else Finding(subject, "ok", found[0])
+    return Finding(subject, "absent", "lacks triton", "pip install 'triton>=3.9'") if lacking else Finding(subject, "ok", found[0])
 
 
 def _installed(names: Iterable[str]) -> tuple[list[str], list[str]]:

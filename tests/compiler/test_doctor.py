@@ -52,7 +52,7 @@ def test_every_requirement_of_the_distribution_is_looked_at() -> None:
         ("torch", "build bundles [compile]", "missing", "pip install 'speedy-mast3r[compile]'"),
         ("tensorrt", "TensorRT plans [tensorrt]", "absent", "pip install 'speedy-mast3r[tensorrt]'"),
         ("cuda-bindings", "CUDA plans [cuda]", "absent", "pip install 'speedy-mast3r[cuda]'"),
-        ("triton", "building CUDA plans", "absent", "pip install triton"),
+        ("triton", "building CUDA plans", "absent", "pip install 'triton>=3.9'"),
     ],
 )
 def test_what_is_not_installed_is_named(absent: str, subject: str, state: str, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
