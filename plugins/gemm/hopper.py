@@ -393,7 +393,7 @@ def gemm(
     PIECE: gl.constexpr,  # columns that are finished at a time
     OVERLAPS: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    WARPS: gl.constexpr,  # a consumer; 8 where there is one consumer
+    WARPS: gl.constexpr,  # a consumer: 4, or 8 of an only one
     ROWS: gl.constexpr,  # a consumer; a multiple of 16 * WARPS
     TURNS: gl.constexpr,  # two consumers take turns with tiles; else all share each
     PRODUCER: gl.constexpr,  # whether there is one; else the first consumer is it as well
