@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
+import tempfile
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -95,9 +96,15 @@ def build(kernel: Kernel, sm: int) -> Any:
         "launch_pdl": kernel.overlaps,
         "ptx_version": 80 if sm < 90 else 87,
     }
-    with warnings.catch_warnings(), triton.knobs.compilation.scope():
+    with (
+        warnings.catch_warnings(),
+        triton.knobs.compilation.scope(),
+        triton.knobs.cache.scope(),
+        tempfile.TemporaryDirectory(prefix="speedy-mast3r-") as folder,
+    ):
         warnings.simplefilter("ignore", UserWarning)
         triton.knobs.compilation.disable_line_info = True  # most of a large kernel's cubin otherwise
+        triton.knobs.cache.dir = folder  # it keeps every stage of the code, gigabytes in the end; what is needed again, callers keep
         try:
             built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
         except Exception as error:  # Triton's own errors have no common class

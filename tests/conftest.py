@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import smc
 from smc.compiler.build import BuildRequest, build
@@ -33,8 +35,29 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Pat
 
 
 @pytest.fixture(scope="session")
+def tiny_graphs(tiny_bundle: Path) -> tuple[Path, Path]:
+    """The tiny model as ONNX files, the encoder's and the decoder's. Read-only; test workers share them.
+
+    No other hard links point at them, which onnx_ir would refuse and which some tests make of the bundle's files.
+    """
+    folder = tiny_bundle.with_name("tiny-graphs")
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            shutil.copytree(tiny_bundle, folder)
+    return folder / "encoder.onnx", folder / "decoder.onnx"
+
+
+@pytest.fixture(scope="session")
 def tiny_matcher(tiny_bundle: Path) -> smc.Matcher:
     return smc.load(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def module_tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`tmp_path` for all tests of a module, removed after the last of them: bundles are too large to be kept to the end."""
+    folder = tmp_path_factory.mktemp("module")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

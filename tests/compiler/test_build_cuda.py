@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,6 @@ SHAPE = (96, 128)
 
 
 @pytest.fixture(scope="module")
-def graphs(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The tiny model as ONNX files."""
-    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("graphs") / "bundle")
-    return folder / "encoder.onnx", folder / "decoder.onnx"
-
-
-@pytest.fixture(scope="module")
 def no_compiler() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KernelCache, "try_all", lambda self, kernels, sm: MadeUpKernels().try_all(kernels, sm))
@@ -40,10 +32,9 @@ def no_compiler() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def built(graphs: tuple[Path, Path], no_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
+def built(tiny_graphs: tuple[Path, Path], no_compiler: None, module_tmp_path: Path) -> BuildResult:
     """An H200's bundle, hybrid precision, one shape."""
-    folder = tmp_path_factory.mktemp("h200")
-    return build(BuildRequest(gpu="h200", backend="cuda", out=folder / "bundle", onnx=graphs, shapes=[SHAPE]))
+    return build(BuildRequest(gpu="h200", backend="cuda", out=module_tmp_path / "bundle", onnx=tiny_graphs, shapes=[SHAPE]))
 
 
 def test_the_bundle_is_whole(built: BuildResult) -> None:
@@ -93,8 +84,8 @@ def test_verification_without_the_gpu_runs_the_graph(built: BuildResult, monkeyp
     assert found.subject == "graph"
 
 
-def test_the_same_request_is_not_built_twice(built: BuildResult, graphs: tuple[Path, Path], tmp_path: Path) -> None:
-    request: dict[str, Any] = {"gpu": "h200", "backend": "cuda", "out": built.path, "onnx": graphs, "shapes": [SHAPE]}
+def test_the_same_request_is_not_built_twice(built: BuildResult, tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
+    request: dict[str, Any] = {"gpu": "h200", "backend": "cuda", "out": built.path, "onnx": tiny_graphs, "shapes": [SHAPE]}
     assert build(BuildRequest(**request)).reused
     kernels = tmp_path / "kernels"
     kernels.mkdir()
@@ -102,7 +93,7 @@ def test_the_same_request_is_not_built_twice(built: BuildResult, graphs: tuple[P
 
 
 def test_another_tuning_is_another_plan(
-    built: BuildResult, graphs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: BuildResult, tiny_graphs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class BuiltAnewError(Exception):
         pass
@@ -115,12 +106,12 @@ def test_another_tuning_is_another_plan(
     file = tmp_path / "tuning.json"
     file.write_text('{"gpu": "h200", "sm": 90, "when": "2025-01-01", "made_with": {}, "tiles": {}}')
     with pytest.raises(BuiltAnewError):
-        build(BuildRequest(gpu="h200", backend="cuda", out=built.path, onnx=graphs, shapes=[SHAPE], tuning=file))
+        build(BuildRequest(gpu="h200", backend="cuda", out=built.path, onnx=tiny_graphs, shapes=[SHAPE], tuning=file))
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_other_gpus_get_plans_if_asked_for(graphs: tuple[Path, Path], tmp_path: Path) -> None:
-    found = build(BuildRequest(gpu="a40", backend="cuda", out=tmp_path / "bundle", onnx=graphs, shapes=[SHAPE], precision="fp16"))
+def test_other_gpus_get_plans_if_asked_for(tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
+    found = build(BuildRequest(gpu="a40", backend="cuda", out=tmp_path / "bundle", onnx=tiny_graphs, shapes=[SHAPE], precision="fp16"))
     assert (found.manifest.target.sm, found.manifest.backend.name, found.manifest.precision) == ("8.6", "cuda", "fp16")
     plan = decode_plan((tmp_path / "bundle" / PLAN).read_bytes())
     assert not any(step.overlaps for program in plan.programs for step in program.steps)
@@ -137,22 +128,24 @@ def test_another_backend_takes_no_tuning_and_no_kernels(option: str, tmp_path: P
 
 @pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize("content", [None, "no JSON", '{"gpu": "a40", "sm": 86, "when": "", "made_with": {}, "tiles": {}}'])
-def test_a_tuning_file_that_is_none_leaves_nothing(content: str | None, graphs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_tuning_file_that_is_none_leaves_nothing(content: str | None, tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
     file = tmp_path / "tuning.json"
     if content is not None:
         file.write_text(content)
     with pytest.raises(smc.BadInput, match=r"tuning\.json"):
-        build(BuildRequest(gpu="h200", backend="cuda", out=tmp_path / "out", onnx=graphs, shapes=[SHAPE], tuning=file))
+        build(BuildRequest(gpu="h200", backend="cuda", out=tmp_path / "out", onnx=tiny_graphs, shapes=[SHAPE], tuning=file))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu
-def test_the_plan_itself_is_verified_on_its_gpu(graphs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_plan_itself_is_verified_on_its_gpu(tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
     sm = cuda_memory.devices()[0].sm
     gpu = next((target.name for target in TARGETS.values() if target.sm == sm), None)
     if gpu is None:
         pytest.skip(f"no target has sm {sm}")
-    found = build(BuildRequest(gpu=gpu, backend="cuda", out=tmp_path / "bundle", onnx=graphs, shapes=[SHAPE, SHAPE[::-1]], max_batch=2))
+    found = build(
+        BuildRequest(gpu=gpu, backend="cuda", out=tmp_path / "bundle", onnx=tiny_graphs, shapes=[SHAPE, SHAPE[::-1]], max_batch=2)
+    )
     assert found.manifest.verification.subject == "plan"
     said: list[str] = []
     again = verify.verify_bundle(open_bundle(found.path), said.append)

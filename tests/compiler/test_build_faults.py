@@ -51,24 +51,16 @@ def arguments(out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def out(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def out(tiny_bundle: Path, module_tmp_path: Path) -> Path:
     """An old bundle, up to date. Every test leaves it, or a new one, in its place, and nothing beside it."""
-    place = tmp_path_factory.mktemp("place")
-    yield shutil.copytree(tiny_bundle, place / "bundle")
-    shutil.rmtree(place)
-
-
-@pytest.fixture(scope="module")
-def graphs(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny bundle: onnx_ir refuses weights that have other hard links, which other tests make."""
-    return shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("graphs") / "bundle")
+    return shutil.copytree(tiny_bundle, module_tmp_path / "bundle")
 
 
 @pytest.fixture
-def exported(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def exported(tiny_graphs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares a build the export, most of its time: the graphs are taken from the tiny bundle."""
-    for stage in ("encoder", "decoder"):
-        monkeypatch.setattr(smc.compiler.export, f"export_{stage}", lambda model, stage=stage: onnx_ir.load(graphs / f"{stage}.onnx"))
+    for file in tiny_graphs:
+        monkeypatch.setattr(smc.compiler.export, f"export_{file.stem}", lambda model, file=file: onnx_ir.load(file))
 
 
 def identity(bundle: Path) -> dict[str, tuple[int, int, int]]:

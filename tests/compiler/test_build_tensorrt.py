@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,11 @@ OFFLINE = ("t4", "a10", "a30", "a40", "a100", "rtxa6000", "rtx3090", "l4", "l40s
 
 
 @pytest.fixture(scope="module")
-def graphs(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The tiny model as ONNX files."""
-    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("graphs") / "bundle")
-    return folder / "encoder.onnx", folder / "decoder.onnx"
-
-
-@pytest.fixture(scope="module")
-def built(graphs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
+def built(tiny_graphs: tuple[Path, Path], module_tmp_path: Path) -> BuildResult:
     """An A40's bundle, hybrid precision, one shape."""
-    folder = tmp_path_factory.mktemp("a40")
-    return build(BuildRequest(gpu="a40", out=folder / "bundle", onnx=graphs, shapes=[SHAPE], dump_graphs=folder / "dump"))
+    return build(
+        BuildRequest(gpu="a40", out=module_tmp_path / "bundle", onnx=tiny_graphs, shapes=[SHAPE], dump_graphs=module_tmp_path / "dump")
+    )
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -129,12 +122,12 @@ def test_loading_without_the_gpu_says_what_is_missing(built: BuildResult) -> Non
     assert caught.value.exit_status in (69, 77)
 
 
-def test_the_same_request_is_not_built_twice(built: BuildResult, graphs: tuple[Path, Path]) -> None:
-    assert build(BuildRequest(gpu="a40", out=built.path, onnx=graphs, shapes=[SHAPE])).reused
+def test_the_same_request_is_not_built_twice(built: BuildResult, tiny_graphs: tuple[Path, Path]) -> None:
+    assert build(BuildRequest(gpu="a40", out=built.path, onnx=tiny_graphs, shapes=[SHAPE])).reused
 
 
-def test_bfloat16_builds_with_its_transposed_convolutions_in_float32(graphs: tuple[Path, Path], tmp_path: Path) -> None:
-    found = build(BuildRequest(gpu="a40", out=tmp_path / "bundle", onnx=graphs, shapes=[SHAPE], precision="bf16"))
+def test_bfloat16_builds_with_its_transposed_convolutions_in_float32(tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
+    found = build(BuildRequest(gpu="a40", out=tmp_path / "bundle", onnx=tiny_graphs, shapes=[SHAPE], precision="bf16"))
     decoder = inspect_contents(open_bundle(found.path)).layers["decoder"]
     counts = {(total.type, total.precision): total.layers for total in decoder.totals}
     assert counts["deconvolution", "float32"] > 0
@@ -142,9 +135,9 @@ def test_bfloat16_builds_with_its_transposed_convolutions_in_float32(graphs: tup
     assert counts["convolution", "bfloat16"] > 0
 
 
-def test_a_pattern_that_matches_nothing_is_refused_with_the_closest_names(graphs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_pattern_that_matches_nothing_is_refused_with_the_closest_names(tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(smc.UsageError, match=r"no node is named 'node_layer_norm_x'; the closest names are node_layer_norm"):
-        build(BuildRequest(gpu="a40", out=tmp_path / "out", onnx=graphs, shapes=[SHAPE], exclude=["node_layer_norm_x"]))
+        build(BuildRequest(gpu="a40", out=tmp_path / "out", onnx=tiny_graphs, shapes=[SHAPE], exclude=["node_layer_norm_x"]))
     assert not (tmp_path / "out").exists()
 
 
@@ -164,8 +157,8 @@ def test_options_that_make_no_sense(changes: dict[str, Any], message: str, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_that_tensorrt_does_not_take_is_named_and_nothing_is_kept(graphs: tuple[Path, Path], tmp_path: Path) -> None:
-    decoder = onnx_ir.load(graphs[1])
+def test_a_graph_that_tensorrt_does_not_take_is_named_and_nothing_is_kept(tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
+    decoder = onnx_ir.load(tiny_graphs[1])
     relu = next(node for node in decoder.graph if node.op_type == "Relu")
     relu.op_type = "Det"  # of square matrices; TensorRT has none
     relu.name = "odd_one"
@@ -173,5 +166,5 @@ def test_a_graph_that_tensorrt_does_not_take_is_named_and_nothing_is_kept(graphs
     folder.mkdir()
     onnx_ir.save(decoder, folder / "decoder.onnx", external_data="decoder.weights")
     with pytest.raises(smc.SmcError):
-        build(BuildRequest(gpu="a40", out=tmp_path / "bundle", onnx=(graphs[0], folder / "decoder.onnx"), shapes=[SHAPE]))
+        build(BuildRequest(gpu="a40", out=tmp_path / "bundle", onnx=(tiny_graphs[0], folder / "decoder.onnx"), shapes=[SHAPE]))
     assert [path.name for path in tmp_path.iterdir() if not re.fullmatch(r"odd|\.bundle\.lock", path.name)] == []

@@ -420,9 +420,9 @@ FAULTS = [
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, examples: Path) -> Path:
+def workplace(module_tmp_path: Path, tiny_bundle: Path, examples: Path) -> Path:
     """A folder of faulty things."""
-    folder = tmp_path_factory.mktemp("faulty")
+    folder = module_tmp_path
     (folder / "empty.png").write_bytes(b"")
     (folder / "cut.png").write_bytes((examples / "graf1.png").read_bytes()[:9999])
     (folder / "folder.npz").mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -28,9 +27,8 @@ LANDSCAPE, PORTRAIT = (96, 128), (128, 96)
 
 
 @pytest.fixture(scope="module")
-def source(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> OnnxSource:
-    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("graphs") / "bundle")
-    return OnnxSource(folder / "encoder.onnx", folder / "decoder.onnx")
+def source(tiny_graphs: tuple[Path, Path]) -> OnnxSource:
+    return OnnxSource(*tiny_graphs)
 
 
 def optimised(source: OnnxSource, shapes: list[tuple[int, int]], max_batch: int) -> dict[str, gs.Graph]:

@@ -30,9 +30,8 @@ def pocket(examples: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def matcher(pocket: Path, tmp_path_factory: pytest.TempPathFactory) -> smc.Matcher:
-    out = tmp_path_factory.mktemp("pocket") / "bundle"
-    return smc.load(build(BuildRequest(gpu="cpu", out=out, checkpoint=pocket, shapes=[SHAPE])).path)
+def matcher(pocket: Path, module_tmp_path: Path) -> smc.Matcher:
+    return smc.load(build(BuildRequest(gpu="cpu", out=module_tmp_path / "bundle", checkpoint=pocket, shapes=[SHAPE])).path)
 
 
 def test_the_wall_of_the_photographs_is_recovered(matcher: smc.Matcher, examples: Path) -> None:

@@ -101,17 +101,15 @@ def test_a_shape_that_the_files_do_not_take_is_refused(files: tuple[Path, Path],
         build(BuildRequest(gpu="cpu", out=tmp_path / "out", onnx=files, shapes=[(96, 96)]))
 
 
-def test_a_bundles_graphs_build_the_same_bundle_again(tiny_bundle: Path, tiny_matcher: smc.Matcher, tmp_path: Path) -> None:
-    graphs = shutil.copytree(tiny_bundle, tmp_path / "graphs")
-    files = (graphs / "encoder.onnx", graphs / "decoder.onnx")
-    result = build(BuildRequest(gpu="cpu", out=tmp_path / "again", onnx=files, shapes=[(96, 128)]))
+def test_a_bundles_graphs_build_the_same_bundle_again(tiny_graphs: tuple[Path, Path], tiny_matcher: smc.Matcher, tmp_path: Path) -> None:
+    result = build(BuildRequest(gpu="cpu", out=tmp_path / "again", onnx=tiny_graphs, shapes=[(96, 128)]))
     assert result.manifest.model.config == {}
     assert not result.manifest.random_weights
     (pair,) = verify.sample_pairs([(96, 128)])
     wanted, found = tiny_matcher.infer(pair.view1, pair.view2), smc.load(result.path).infer(pair.view1, pair.view2)
     for name, value in wanted.items():
         np.testing.assert_array_equal(found[name], value)
-    assert build(BuildRequest(gpu="cpu", out=tmp_path / "again", onnx=files, shapes=[(96, 128)])).reused
+    assert build(BuildRequest(gpu="cpu", out=tmp_path / "again", onnx=tiny_graphs, shapes=[(96, 128)])).reused
 
 
 WRONG_MAPS = {
@@ -126,9 +124,9 @@ WRONG_MAPS = {
 
 
 @pytest.mark.parametrize("kind", WRONG_MAPS)
-def test_maps_of_another_layout_or_type_are_refused(kind: str, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_maps_of_another_layout_or_type_are_refused(kind: str, tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
     op, attrs, name, message = WRONG_MAPS[kind]
-    model = onnx.load(shutil.copytree(tiny_bundle, tmp_path / "graphs") / "decoder.onnx")
+    model = onnx.load(tiny_graphs[1])
     for node in model.graph.node:
         node.output[:] = [f"{out}_right" if out == name else out for out in node.output]
     model.graph.node.append(onnx.helper.make_node(op, [f"{name}_right"], [name], **attrs))
@@ -136,9 +134,5 @@ def test_maps_of_another_layout_or_type_are_refused(kind: str, tiny_bundle: Path
     output.CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16 if kind == "half" else onnx.TensorProto.FLOAT, None))
     onnx.save_model(model, tmp_path / "dec.onnx", save_as_external_data=True, location="dec.weights")
     with pytest.raises(smc.BadInput, match=message):
-        build(
-            BuildRequest(
-                gpu="cpu", out=tmp_path / "out", onnx=(tmp_path / "graphs" / "encoder.onnx", tmp_path / "dec.onnx"), shapes=[(96, 128)]
-            )
-        )
+        build(BuildRequest(gpu="cpu", out=tmp_path / "out", onnx=(tiny_graphs[0], tmp_path / "dec.onnx"), shapes=[(96, 128)]))
     assert not (tmp_path / "out").exists()

@@ -639,7 +639,7 @@ def test_no_memory_for_the_weights(gpu: FakeGpu) -> None:
 
 
 @pytest.fixture(scope="module")
-def gpu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gpu_bundle(module_tmp_path: Path) -> Path:
     """The tiny model for this machine's GPU, two pairs at once."""
     here = cuda.devices()[0].sm
     target = next((target.name for target in TARGETS.values() if target.sm == here), None)
@@ -647,8 +647,9 @@ def gpu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"no target has this GPU's compute capability, {here}")
     pytest.importorskip("triton")
     config = str(DATA / "tiny_landscape.config.json")
-    out = tmp_path_factory.mktemp("cuda") / "bundle"
-    request = BuildRequest(gpu=target, backend="cuda", out=out, random_seed=0, model=config, shapes=TINY_SHAPES, max_batch=2)
+    request = BuildRequest(
+        gpu=target, backend="cuda", out=module_tmp_path / "bundle", random_seed=0, model=config, shapes=TINY_SHAPES, max_batch=2
+    )
     return build(request).path
 
 

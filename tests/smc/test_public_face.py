@@ -44,17 +44,16 @@ def test_runtime_modules_import_nothing_of_the_compiler() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def wheel(module_tmp_path: Path) -> set[str]:
     """The file names of the built wheel."""
-    out = tmp_path_factory.mktemp("wheel")
-    source = out / "source"
+    source = module_tmp_path / "source"
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in names.stdout.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(out), str(source)], check=True)
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(module_tmp_path), str(source)], check=True)
+    with zipfile.ZipFile(next(module_tmp_path.glob("*.whl"))) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 

@@ -49,8 +49,8 @@ def typed_graphs(
 
 
 @pytest.fixture(scope="module")
-def hybrid(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> PlanJob:
-    return typed_graphs(tiny_bundle, tmp_path_factory.mktemp("hybrid"), [LANDSCAPE, PORTRAIT], "hybrid")
+def hybrid(tiny_bundle: Path, module_tmp_path: Path) -> PlanJob:
+    return typed_graphs(tiny_bundle, module_tmp_path, [LANDSCAPE, PORTRAIT], "hybrid")
 
 
 def run_both(graph: gs.Graph, tolerance: float = 1e-2) -> Counter[str]:
