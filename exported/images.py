@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from smc.exported.errors import BadImage, BadInput, InputMissing, SmcError, UsageError
+from smc.exported.resampling import Filter
 
 ImageSource = str | os.PathLike[str] | Image.Image | NDArray[np.generic]
 ExifChoice = Literal["apply", "ignore"]
@@ -47,34 +48,32 @@ Geometry = tuple[tuple[int, int], tuple[int, int, int, int]]
 """A resize and a crop: (new width, new height), then the crop box (left, top, right, bottom) in the resized image."""
 
 
-@dataclass(frozen=True, eq=False)
-class View:
-    """An image prepared for the network.
+@dataclass(frozen=True)
+class Framing:
+    """How an image becomes the network's input: by a resize, and a crop.
 
     Attributes:
-        rgb: uint8 (H, W, 3).
         image_size: (width, height) of the image that coordinates refer to.
         resized_size: (width, height) after the resize, before the crop.
-        crop_offset: (left, top) of the crop in the resized image.
+        crop: (left, top, right, bottom) in the resized image.
         exif: the frame of `image_size`.
     """
 
-    rgb: NDArray[np.uint8]
     image_size: tuple[int, int]
     resized_size: tuple[int, int]
-    crop_offset: tuple[int, int]
+    crop: tuple[int, int, int, int]
     exif: ExifChoice
 
     @property
     def shape(self) -> tuple[int, int]:
         """(H, W) of the network's input."""
-        height, width, _ = self.rgb.shape
-        return height, width
+        left, top, right, bottom = self.crop
+        return bottom - top, right - left
 
     @property
-    def pixels(self) -> NDArray[np.float32]:
-        """float32 (3, H, W) in [-1, 1], as the original network takes it."""
-        return to_unit_range(self.rgb[None])[0]
+    def filter(self) -> Filter:
+        """Of the resize: the original's choice."""
+        return "lanczos" if max(self.image_size) > max(self.resized_size) else "bicubic"
 
     @property
     def kept(self) -> float:
@@ -84,7 +83,32 @@ class View:
     def to_image(self, xy: NDArray[np.integer] | NDArray[np.floating]) -> NDArray[np.float32]:
         """Network pixels (K, 2) as x, y -> float32 (K, 2) coordinates in the image."""
         scale = np.array(self.image_size, np.float64) / np.array(self.resized_size)
-        return ((xy + np.array(self.crop_offset) + 0.5) * scale - 0.5).astype(np.float32)
+        return ((xy + np.array(self.crop[:2]) + 0.5) * scale - 0.5).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """An image as the network takes it: `rgb` is uint8 (H, W, 3)."""
+
+    rgb: NDArray[np.uint8]
+    framing: Framing
+
+    @property
+    def pixels(self) -> NDArray[np.float32]:
+        """float32 (3, H, W) in [-1, 1], as the original network takes it."""
+        return to_unit_range(self.rgb[None])[0]
+
+
+@dataclass(frozen=True, eq=False)
+class FramedImage:
+    """An image of any size, `rgb` uint8 (h, w, 3), and how it becomes the network's input."""
+
+    rgb: NDArray[np.uint8]
+    framing: Framing
+
+    def render(self) -> View:
+        """What the network takes, made by Pillow."""
+        return _render(Image.fromarray(self.rgb), self.framing)
 
 
 def open_image(source: ImageSource, exif: ExifChoice = "apply") -> Image.Image:
@@ -101,10 +125,9 @@ def open_image(source: ImageSource, exif: ExifChoice = "apply") -> Image.Image:
         BadImage: not an image, damaged, over `MAX_PIXELS`, or of a kind that cannot be converted.
         UsageError: `exif` is neither.
     """
-    if exif not in ("apply", "ignore"):
-        raise UsageError(f"exif is {exif!r}, 'apply' or 'ignore' was expected")
+    _check_exif(exif)
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return Image.fromarray(_from_array(source))
     if isinstance(source, Image.Image):
         with _decoding("image"):
             return _to_rgb(source, "image", exif)
@@ -156,6 +179,11 @@ def _to_rgb(image: Image.Image, name: str, exif: ExifChoice) -> Image.Image:
     return image.convert("RGB")
 
 
+def _check_exif(exif: str) -> None:
+    if exif not in ("apply", "ignore"):
+        raise UsageError(f"exif is {exif!r}, 'apply' or 'ignore' was expected")
+
+
 def _check_size(name: str, width: int, height: int) -> None:
     if width == 0 or height == 0:
         raise BadImage(f"{name}: {width}x{height} holds no pixels")
@@ -169,15 +197,17 @@ def _to_uint8(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
     return np.round(pixels.astype(np.float32) / 257).astype(np.uint8)  # 65535 / 255
 
 
-def _from_array(array: NDArray[np.generic]) -> Image.Image:
+def _from_array(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """An image of whatever kind `open_image` takes as uint8 (h, w, 3)."""
     if array.dtype not in (np.uint8, np.uint16):
         raise BadImage(f"image array is {array.dtype}, uint8 or uint16 was expected")
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
         raise BadImage(f"image array has shape {array.shape}, (H, W), (H, W, 3) or (H, W, 4) was expected")
     _check_size("image array", array.shape[1], array.shape[0])
-    if array.ndim == 3:
-        array = array[:, :, 0] if array.shape[2] == 1 else array[:, :, :3]
-    return Image.fromarray(np.ascontiguousarray(_to_uint8(array))).convert("RGB")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    rgb = np.broadcast_to(array, (*array.shape[:2], 3)) if array.shape[2] == 1 else array[:, :, :3]
+    return np.ascontiguousarray(_to_uint8(rgb))
 
 
 def trained_geometry(width: int, height: int, size: int) -> Geometry:
@@ -223,12 +253,9 @@ def covering_geometry(width: int, height: int, shape: tuple[int, int]) -> Geomet
     return (new_width, new_height), (left, top, left + cols, top + rows)
 
 
-def _render(image: Image.Image, geometry: Geometry, exif: ExifChoice) -> View:
-    resized_size, box = geometry
-    # The filters are the original's choice.
-    shrinks = max(image.size) > max(resized_size)
-    resized = image.resize(resized_size, Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC)
-    return View(np.asarray(resized.crop(box)), image.size, resized_size, box[:2], exif)
+def _render(image: Image.Image, framing: Framing) -> View:
+    resized = image.resize(framing.resized_size, Image.Resampling[framing.filter.upper()])
+    return View(np.asarray(resized.crop(framing.crop)), framing)
 
 
 def to_unit_range(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -273,29 +300,43 @@ def load_image(path: ImageSource, size: int = 512, exif: ExifChoice = "apply") -
         InputMissing, BadImage: as `open_image`; BadImage also for an extreme aspect ratio.
     """
     image = open_image(path, exif)
-    return _render(image, trained_geometry(*image.size, size), exif).pixels
+    return _render(image, Framing(image.size, *trained_geometry(*image.size, size), exif)).pixels
 
 
 def load_view(source: ImageSource, shapes: Sequence[tuple[int, int]], exif: ExifChoice = "apply") -> View:
-    """Load an image for a plan that takes the given (H, W) input shapes.
+    """Load an image for a plan that takes the given (H, W) input shapes. Raises as `load_framed`."""
+    image = open_image(source, exif)
+    return _render(image, _framing(image.size, shapes, exif))
 
-    If the original's own resize and crop gives one of the shapes, that is done. Otherwise the image is scaled to cover the
-    shape that keeps most of it, and cropped around its centre.
+
+def load_framed(source: ImageSource, shapes: Sequence[tuple[int, int]], exif: ExifChoice = "apply") -> FramedImage:
+    """As `load_view`, with the resize and the crop left to do, as `smc.exported.resampling` says.
 
     Raises:
         InputMissing, BadImage: as `load_image`.
     """
-    image = open_image(source, exif)
+    _check_exif(exif)
+    rgb = _from_array(source) if isinstance(source, np.ndarray) else np.asarray(open_image(source, exif))
+    height, width, _ = rgb.shape
+    return FramedImage(rgb, _framing((width, height), shapes, exif))
+
+
+def _framing(size: tuple[int, int], shapes: Sequence[tuple[int, int]], exif: ExifChoice) -> Framing:
+    """How an image of (width, height) becomes one of the (H, W) input shapes.
+
+    If the original's own resize and crop gives one of the shapes, that is done. Otherwise the image is scaled to cover the
+    shape that keeps most of it, and cropped around its centre. Raises BadImage for an extreme aspect ratio.
+    """
     for shape in sorted(shapes, key=lambda s: -s[0] * s[1]):
-        left, top, right, bottom = _original_geometry(*image.size, max(shape))[1]
+        left, top, right, bottom = _original_geometry(*size, max(shape))[1]
         if (bottom - top, right - left) == shape:
-            return _render(image, trained_geometry(*image.size, max(shape)), exif)
-    trained_geometry(*image.size, 512)  # refuses aspect ratios of which a crop would keep next to nothing
-    coverings = [covering_geometry(*image.size, shape) for shape in shapes]
+            return Framing(size, *trained_geometry(*size, max(shape)), exif)
+    trained_geometry(*size, 512)  # refuses aspect ratios of which a crop would keep next to nothing
+    coverings = [covering_geometry(*size, shape) for shape in shapes]
 
     def kept_area(geometry: Geometry) -> tuple[float, int]:
         (width, height), (left, top, right, bottom) = geometry
         area = (right - left) * (bottom - top)
         return round(area / (width * height), 3), area  # of shapes that keep as much, the larger
 
-    return _render(image, max(coverings, key=kept_area), exif)
+    return Framing(size, *max(coverings, key=kept_area), exif)

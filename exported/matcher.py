@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +15,15 @@ from PIL import Image
 from smc.exported.bundle import open_bundle
 from smc.exported.engines import DeviceEngine, Engine, MatchingEngine, MatchRequest, PairMatches, load_engine
 from smc.exported.errors import BadInput, UsageError
-from smc.exported.images import ExifChoice, ImageSource, View, load_view
+from smc.exported.images import ExifChoice, FramedImage, Framing, ImageSource, View, load_framed, load_view
 from smc.exported.manifest import Manifest
 from smc.exported.matching import fast_reciprocal_nn, match_confidence, reciprocal_nn_both_ways
 from smc.exported.threads import in_thread
 
 if TYPE_CHECKING:
     from smc.exported.engines.cuda_memory import DeviceArray
+
+Loaded = TypeVar("Loaded", FramedImage, View)
 
 WARN_KEPT = 0.7
 """The fraction of an image's area that the crop must keep for `encode` to stay silent."""
@@ -32,12 +35,12 @@ class Features:
 
     Attributes:
         tokens: the engine's features, batch of one.
-        view: the image as the network saw it, and its geometry.
+        framing: how the image became the network's input.
         build_key: of the bundle that encoded it, the only one that can read the tokens.
     """
 
     tokens: Any
-    view: View
+    framing: Framing
     build_key: str
 
 
@@ -110,21 +113,30 @@ class Matcher:
         """
         _check_options(pixel_tol, both_ways, border)  # before the encoder runs
         request = MatchRequest(subsample, pixel_tol, both_ways, points3d)
-        view0, view1 = self._load_both(image0, image1, exif)
-        for view in (view0, view1):
-            _warn_if_cropped(view)
+        framings: tuple[Framing, Framing]
         if isinstance(self._engine, MatchingEngine):
-            found = self._engine.match_images(view0.rgb, view1.rgb, request)
+            framed0, framed1 = self._load_both(load_framed, image0, image1, exif)
+            framings = framed0.framing, framed1.framing
+            found = self._engine.match_images(framed0, framed1, request)
         else:
-            tokens0, tokens1 = (self._engine.encode(view.rgb[None]) for view in (view0, view1))
-            found = self._match_on_host(tokens0, tokens1, request)
-        return _in_images(found, view0, view1, border, min_confidence)
+            view0, view1 = self._load_both(load_view, image0, image1, exif)
+            framings = view0.framing, view1.framing
+            found = self._match_on_host(self._engine.encode(view0.rgb[None]), self._engine.encode(view1.rgb[None]), request)
+        for framing in framings:
+            _warn_if_cropped(framing)
+        return _in_images(found, *framings, border, min_confidence)
 
     def encode(self, image: ImageSource, *, exif: ExifChoice = "apply") -> Features:
         """Encode one image, to be matched against any number of others. Raises InputMissing, BadImage, UsageError."""
-        view = self._load(image, exif)
-        _warn_if_cropped(view)
-        return Features(self._engine.encode(view.rgb[None]), view, self.manifest.build_key)
+        shapes = self.manifest.input_shapes
+        if isinstance(self._engine, MatchingEngine):
+            framed = load_framed(image, shapes, exif)
+            framing, tokens = framed.framing, self._engine.encode_image(framed)
+        else:
+            view = load_view(image, shapes, exif)
+            framing, tokens = view.framing, self._engine.encode(view.rgb[None])
+        _warn_if_cropped(framing)
+        return Features(tokens, framing, self.manifest.build_key)
 
     def match_features(
         self,
@@ -142,14 +154,14 @@ class Matcher:
         _check_options(pixel_tol, both_ways, border)
         if not features0.build_key == features1.build_key == self.manifest.build_key:
             raise BadInput("these features were encoded by another bundle", fix="encode the images with this matcher")
-        if features0.view.exif != features1.view.exif:
+        if features0.framing.exif != features1.framing.exif:
             raise BadInput("one image was encoded with exif='apply' and the other with exif='ignore'", fix="encode both alike")
         request = MatchRequest(subsample, pixel_tol, both_ways, points3d)
         if isinstance(self._engine, MatchingEngine):
             found = self._engine.match_features(features0.tokens, features1.tokens, request)
         else:
             found = self._match_on_host(features0.tokens, features1.tokens, request)
-        return _in_images(found, features0.view, features1.view, border, min_confidence)
+        return _in_images(found, features0.framing, features1.framing, border, min_confidence)
 
     @overload
     def infer(
@@ -186,21 +198,19 @@ class Matcher:
         maps = self._engine.decode_on_device(self._engine.encode(view0), self._engine.encode(view1))
         return {name: values[0] for name, values in maps.items()}
 
-    def _load(self, image: ImageSource, exif: ExifChoice) -> View:
-        """An image as the network sees it."""
-        return load_view(image, self.manifest.input_shapes, exif)
-
-    def _load_both(self, image0: ImageSource, image1: ImageSource, exif: ExifChoice) -> tuple[View, View]:
+    def _load_both(self, load: Callable[..., Loaded], image0: ImageSource, image1: ImageSource, exif: ExifChoice) -> tuple[Loaded, Loaded]:
         """Two images at once: decoding and resizing, which Pillow does without Python's lock, take longer than a fast GPU's network."""
+        shapes = self.manifest.input_shapes
         # Two of Pillow's images may read from one file when they are first used, which is no work for two threads.
-        if (isinstance(image0, Image.Image) and isinstance(image1, Image.Image)) or self._is_sized(image0) or self._is_sized(image1):
-            return self._load(image0, exif), self._load(image1, exif)
-        loading = in_thread(lambda: self._load(image1, exif))
-        return self._load(image0, exif), loading.result()
+        if (isinstance(image0, Image.Image) and isinstance(image1, Image.Image)) or self._is_loaded(image0) or self._is_loaded(image1):
+            return load(image0, shapes, exif), load(image1, shapes, exif)
+        loading = in_thread(lambda: load(image1, shapes, exif))
+        return load(image0, shapes, exif), loading.result()
 
-    def _is_sized(self, image: ImageSource) -> bool:
-        """Whether an image needs no resize, without which a thread is not worth its start."""
-        return isinstance(image, np.ndarray) and image.shape[:2] in self.manifest.input_shapes
+    def _is_loaded(self, image: ImageSource) -> bool:
+        """Whether nothing long is to be done for an image on the host, for which a thread would not be worth its start."""
+        resized_there = isinstance(self._engine, MatchingEngine)
+        return isinstance(image, np.ndarray) and (resized_there or image.shape[:2] in self.manifest.input_shapes)
 
     def _match_on_host(self, tokens0: Any, tokens1: Any, request: MatchRequest) -> PairMatches:
         maps = self._decode(tokens0, tokens1)
@@ -229,31 +239,31 @@ class Matcher:
             )
 
 
-def _warn_if_cropped(view: View) -> None:
+def _warn_if_cropped(framing: Framing) -> None:
     """Warn of an image that the crop loses much of."""
-    if view.kept < WARN_KEPT:
-        width, height = view.image_size
+    if framing.kept < WARN_KEPT:
+        width, height = framing.image_size
         warnings.warn(
-            f"the bundle's input shapes keep only {view.kept:.0%} of a {width}x{height} image; "
+            f"the bundle's input shapes keep only {framing.kept:.0%} of a {width}x{height} image; "
             "build it with a --shape of that aspect ratio",
             stacklevel=3,
         )
 
 
-def _in_images(found: PairMatches, view0: View, view1: View, border: int, min_confidence: float) -> Matches:
+def _in_images(found: PairMatches, framing0: Framing, framing1: Framing, border: int, min_confidence: float) -> Matches:
     """Matches in pixels of the images, without those too near the edge of the network's input or of too little confidence."""
     kept = found.confidence >= min_confidence
-    for xy, view in ((found.xy1, view0), (found.xy2, view1)):
-        height, width = view.rgb.shape[:2]
+    for xy, framing in ((found.xy1, framing0), (found.xy2, framing1)):
+        height, width = framing.shape
         x, y = xy.T
         kept &= (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
     return Matches(
-        keypoints0=view0.to_image(found.xy1[kept]),
-        keypoints1=view1.to_image(found.xy2[kept]),
+        keypoints0=framing0.to_image(found.xy1[kept]),
+        keypoints1=framing1.to_image(found.xy2[kept]),
         confidence=found.confidence[kept],
-        image_size0=view0.image_size,
-        image_size1=view1.image_size,
-        exif=view0.exif,
+        image_size0=framing0.image_size,
+        image_size1=framing1.image_size,
+        exif=framing0.exif,
         points0=None if found.points1 is None else found.points1[kept],
         points1=None if found.points2 is None else found.points2[kept],
     )

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from smc.compiler.backends.plan_job import PlanJob, Precision
 from smc.compiler.targets import Target
-from smc.exported.engines.cuda_program import KERNELS, PLAN, WEIGHTS, Plan, Program, encode_plan
+from smc.exported.engines.cuda_program import KERNELS, PLAN, WEIGHTS, Plan, Program, Resize, encode_plan
 from smc.exported.errors import BackendFailed, BadInput, NoTarget
 from smc.exported.images import PATCH
 
 if TYPE_CHECKING:  # a plain installation, which only lists backends, has none of what is imported where it is used
     import onnx_graphsurgeon as gs
 
+    from smc.compiler.launch_program import KernelTable
     from smc.compiler.tuning import Tuning
     from smc.passes.base import Pass
     from smc.passes.tensors import Dim
@@ -102,9 +103,21 @@ def write_plan(job: PlanJob) -> dict[str, str]:
                 raise BadInput(f"{stage}: {error}", fix="--backend tensorrt or tensorrt-rtx may take this graph") from error
             except ValueError as error:
                 raise BackendFailed(f"{stage}: {error}") from error
+    resize = _resize(table)
     (job.output / KERNELS).write_bytes(table.code)
-    (job.output / PLAN).write_bytes(encode_plan(Plan(tuple(table.codes), tuple(programs), weights.size)))
+    (job.output / PLAN).write_bytes(encode_plan(Plan(tuple(table.codes), tuple(programs), weights.size, resize)))
     return dict.fromkeys(job.graphs, PLAN)
+
+
+def _resize(table: KernelTable) -> Resize:
+    """The kernels for it. Raises BackendFailed: one does not compile."""
+    from smc.plugins.resize.kernels import ACROSS, BYTES, DOWN, ROWS
+
+    try:
+        table.compile([ACROSS, DOWN])
+        return Resize(table.number(ACROSS), table.number(DOWN), ROWS, BYTES)
+    except ValueError as error:
+        raise BackendFailed(f"resizing images: {error}") from error
 
 
 def _tuning(target: Target, file: Path | None) -> Tuning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from smc.compiler.bench.tasks import Device, OnnxRuntimeTask, PlanTask, Work
 from smc.exported.bundle import open_bundle
 from smc.exported.engines import Engine, Maps, MatchingEngine, load_engine
 from smc.exported.errors import BackendFailed
+from smc.exported.images import load_framed
 from smc.exported.manifest import Manifest
 from smc.exported.manifest import Shape as InputShape
 from smc.exported.matcher import Matcher
@@ -169,6 +171,13 @@ def _measure_batch(engine: Engine, matcher: Matcher, work: Work, shape: Shape, p
     views = view_pairs(pairs, shape)
     images = [np.stack([pair[i].rgb for pair in views]) for i in (0, 1)]
 
+    def image_in() -> None:
+        if isinstance(engine, MatchingEngine):  # which resizes them itself
+            for image in itertools.chain(*pairs):
+                load_framed(image, [shape])
+        else:
+            view_pairs(pairs, shape)
+
     def encode() -> list[Any]:
         if isinstance(engine, MatchingEngine):  # which matches images of one shape so
             both = engine.encode(np.concatenate(images))
@@ -198,7 +207,7 @@ def _measure_batch(engine: Engine, matcher: Matcher, work: Work, shape: Shape, p
     def matches_out(found: Found) -> None:
         for pair, sides in zip(views, found, strict=True):
             for view, xy in zip(pair, sides, strict=True):
-                view.to_image(xy)
+                view.framing.to_image(xy)
 
     def finish() -> None:
         """Wait for the GPU, if there is one: an engine may return before it is done."""
@@ -212,7 +221,7 @@ def _measure_batch(engine: Engine, matcher: Matcher, work: Work, shape: Shape, p
     maps = decode()
     result.accuracy += check_accuracy(work, shape, batch, maps)
 
-    add("wall", records.IMAGE_IN, wall(lambda: view_pairs(pairs, shape)))
+    add("wall", records.IMAGE_IN, wall(image_in))
     add("wall", records.ENCODER, wall(encode, finish))
     add("wall", records.DECODERS_AND_HEADS, wall(decode, finish))
     add("wall", records.MATCHES_OUT, wall(lambda: matches_out([(grid_matches(shape),) * 2] * batch)))

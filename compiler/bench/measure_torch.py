@@ -99,7 +99,7 @@ class _Batch:
     def matches_out(self, views: list[tuple[View, View]], found: Found) -> None:
         for pair, sides in zip(views, found, strict=True):
             for view, xy in zip(pair, sides, strict=True):
-                view.to_image(xy)
+                view.framing.to_image(xy)
 
     def end_to_end(self) -> None:
         views = self.image_in()

@@ -84,4 +84,4 @@ def _block_matches(maps: dict[str, Tensor], views: tuple[View, View]) -> Corresp
     """The original's matches from maps (H, W, ...), in pixels of the images."""
     xy0, xy1 = reciprocal_matches(maps["desc1"], maps["desc2"])
     confidence = pixel_confidence(xy0, xy1, maps["desc_conf1"], maps["desc_conf2"])
-    return Correspondences(views[0].to_image(xy0), views[1].to_image(xy1), confidence)
+    return Correspondences(views[0].framing.to_image(xy0), views[1].framing.to_image(xy1), confidence)

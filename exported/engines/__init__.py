@@ -15,6 +15,7 @@ from smc.exported.manifest import Manifest
 
 if TYPE_CHECKING:
     from smc.exported.engines.cuda_memory import DeviceArray
+    from smc.exported.images import FramedImage
 
 Maps = dict[str, NDArray[np.float32]]
 Files = Mapping[str, memoryview]
@@ -56,10 +57,13 @@ class Engine(Protocol):
 
 @runtime_checkable
 class MatchingEngine(Engine, Protocol):
-    """An engine that also matches, where its maps are."""
+    """An engine that also makes images the network's input, and matches, where its maps are."""
 
-    def match_images(self, image1: NDArray[np.uint8], image2: NDArray[np.uint8], request: MatchRequest) -> PairMatches:
-        """Two images uint8 (H, W, 3), each of a shape of the plan. Raises BadInput."""
+    def encode_image(self, image: FramedImage) -> Any:
+        """As `encode`, of one image of any size that is framed for a shape of the plan. Raises BadInput."""
+
+    def match_images(self, image1: FramedImage, image2: FramedImage, request: MatchRequest) -> PairMatches:
+        """Two images, framed as for `encode_image`. Raises BadInput."""
 
     def match_features(self, features1: Any, features2: Any, request: MatchRequest) -> PairMatches:
         """Features of one image each. Raises BadInput."""

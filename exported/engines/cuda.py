@@ -6,6 +6,7 @@ as one CUDA graph in each session that runs it.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,9 +23,10 @@ from smc.exported.engines import cuda_memory as cuda
 from smc.exported.engines.cuda_launch import Kernels, capture
 from smc.exported.engines.cuda_matching import CudaMatcher
 from smc.exported.engines.cuda_program import KERNELS, PLAN, WEIGHTS, Program, Region, decode_plan
+from smc.exported.engines.cuda_resize import Resizer
 from smc.exported.engines.gpus import choose_device
 from smc.exported.errors import BadInput, BundleDamaged, OutOfMemory, SmcError
-from smc.exported.images import as_plan_input
+from smc.exported.images import FramedImage, as_plan_input
 from smc.exported.manifest import Manifest
 
 MAX_SESSIONS = 4
@@ -87,6 +89,7 @@ class CudaEngine:
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(MAX_SESSIONS)
         self._kernels = Kernels(bytes(files[KERNELS]), plan.kernels)
+        self._resizer = None if plan.resize is None else Resizer(plan.resize, self._kernels, self._memory, self._staging)
         with cuda.on_device(self._device):
             self._free_before = cuda.free_memory()
             self._weights = cuda.DeviceArray(self._memory, (plan.weights_bytes,), np.uint8)
@@ -97,6 +100,11 @@ class CudaEngine:
         with self._session() as session:
             return self._encode(session, images)
 
+    def encode_image(self, image: FramedImage) -> cuda.DeviceArray:
+        """An image of any size -> its features, batch of one, on the GPU."""
+        with self._session() as session:
+            return self._encode(session, [image])
+
     def decode(self, features1: cuda.DeviceArray, features2: cuda.DeviceArray) -> Maps:
         """As `Engine.decode`; the maps are in page-locked memory."""
         maps = self._decode_pairs(features1, features2, partial(cuda.pinned_array, self._staging))
@@ -106,9 +114,9 @@ class CudaEngine:
         """As `decode`, with the maps left on the GPU, in the plan's types."""
         return self._decode_pairs(features1, features2, self._allocate)
 
-    def match_images(self, image1: NDArray[np.uint8], image2: NDArray[np.uint8], request: MatchRequest) -> PairMatches:
-        """Match two images, uint8 (H, W, 3) each of a shape of the plan, without coming back to the host in between."""
-        shapes = _shape(image1.shape[:2]), _shape(image2.shape[:2])
+    def match_images(self, image1: FramedImage, image2: FramedImage, request: MatchRequest) -> PairMatches:
+        """Match two images of any size without coming back to the host in between."""
+        shapes = image1.framing.shape, image2.framing.shape
         alike = shapes[0] == shapes[1]
         programs = [program for shape in shapes for program, _ in self._chunks("encoder", (shape,), 2 if alike else 1)]
         programs += [program for program, _ in self._chunks("matcher", shapes, 1)]
@@ -167,23 +175,38 @@ class CudaEngine:
         if any(1 not in programs for programs in self._programs.values()) or decoded != matched:
             raise BundleDamaged(f"{PLAN}: programs are missing")
 
-    def _encode(self, session: _Session, images: NDArray[Any] | Sequence[NDArray[Any]]) -> cuda.DeviceArray:
+    def _encode(self, session: _Session, images: NDArray[Any] | Sequence[FramedImage]) -> cuda.DeviceArray:
         """Queue the encoder. Its features are there when the session is done, or for what comes after it on the session's stream."""
         if not len(images):
             raise BadInput("no images were given")
-        shape = _shape(images[0].shape[:2] if images[0].dtype == np.uint8 else images[0].shape[1:])
+        first = images[0]
+        if isinstance(first, FramedImage):
+            shape = first.framing.shape
+        else:
+            shape = _shape(first.shape[:2] if first.dtype == np.uint8 else first.shape[1:])
         chunks = self._chunks("encoder", (shape,), len(images))
         (features,) = chunks[0][0].outputs.values()
         whole = self._allocate((len(images), *features.shape[1:]), features.dtype)
         for program, rows in chunks:
-            ((name, image),) = program.inputs.items()
-            pixels = cuda.pinned_array(self._staging, image.shape, image.dtype)
-            for place, given in zip(pixels, images[rows], strict=True):
-                place[:] = as_plan_input(given[None], place.dtype)[0]
-            self._run(session, program, {name: pixels})
+            self._with_room(partial(session.prepare, program, self._memory))
+            ((_, pixels),) = program.inputs.items()
+            for row, image in enumerate(images[rows]):
+                self._put_image(session, pixels, row, image)
+            session.run(program, {})
             (features,) = program.outputs.values()
             session.copy_out(features, whole[rows])
         return whole
+
+    def _put_image(self, session: _Session, region: Region, row: int, image: NDArray[Any] | FramedImage) -> None:
+        """Queue what makes an image a row of the encoder's input."""
+        if isinstance(image, FramedImage):
+            if self._resizer is not None and region.dtype == "uint8" and self._resizer.takes(image.framing):
+                self._with_room(partial(session.resize, self._resizer, image, region, row))
+                return
+            image = image.render().rgb
+        pixels = cuda.pinned_array(self._staging, region.shape[1:], region.dtype)
+        pixels[:] = as_plan_input(image[None], pixels.dtype)[0]
+        session.put(region, row, pixels)
 
     def _decode_pairs(self, features1: cuda.DeviceArray, features2: cuda.DeviceArray, make: Callable[..., Any]) -> dict[str, Any]:
         """Decode into arrays that `make` makes."""
@@ -332,7 +355,7 @@ class _Session:
             self._graphs[id(program)] = capture(program, self._kernels, self._bases, self._stream)
 
     def run(self, program: Program, inputs: dict[str, NDArray[Any] | cuda.DeviceArray]) -> None:
-        """Queue copies of a prepared program's inputs, and the program."""
+        """Queue copies of a prepared program's inputs, those that are not there yet, and the program."""
         for name, values in inputs.items():
             region = program.inputs[name]
             if tuple(values.shape) != region.shape or np.dtype(values.dtype).name != region.dtype:
@@ -341,6 +364,16 @@ class _Session:
             self._stream.copy(self._base + region.offset, _address(values), values.nbytes)
         self._graphs[id(program)].launch(self._stream)
         self._whole = {id(program)}
+
+    def put(self, region: Region, row: int, values: NDArray[Any]) -> None:
+        """Queue a copy of a row of an input of a prepared program."""
+        self._held.append(values)
+        self._stream.copy(self._base + region.offset + row * values.nbytes, values.ctypes.data, values.nbytes)
+
+    def resize(self, resizer: Resizer, image: FramedImage, region: Region, row: int) -> None:
+        """Queue what makes an image a row of an input, uint8 (B, H, W, 3), of a prepared program."""
+        out = self._base + region.offset + row * math.prod(region.shape[1:])
+        self._held.append(resizer.enqueue(image, out, self._stream))
 
     def matcher(self, program: Program, staging: cuda.MemoryPool) -> CudaMatcher:
         """The matching of what a decoder has left in the arena."""

@@ -14,7 +14,7 @@ from typing import Any
 from cuda.bindings import driver
 
 from smc.exported.engines.cuda_memory import Event, Graph, Stream
-from smc.exported.engines.cuda_program import Argument, Float32, Int32, KernelCode, Pointer, Program, Space, Step, TensorMap
+from smc.exported.engines.cuda_program import Argument, Float32, Int32, KernelCode, Pointer, Program, Space, TensorMap
 from smc.exported.errors import BackendFailed, OutOfMemory
 
 _STATIC_LIMIT = 48 << 10
@@ -100,7 +100,8 @@ def _enqueue(program: Program, kernels: Kernels, bases: Mapping[Space, int], lan
         for other in step.waits:
             stream.wait(lanes.ended[other])
         # Only what follows another kernel in its stream, and waits for nothing else, can begin before that one ends.
-        _launch(step, kernels, bases, stream, overlaps=step.overlaps and not step.waits and step.lane not in fresh)
+        overlaps = step.overlaps and not step.waits and step.lane not in fresh
+        launch(kernels, step.kernel, step.grid, _c_values(step.arguments, bases), stream, step.label or str(step.kernel), overlaps)
         fresh.discard(step.lane)
         if number in lanes.ended:
             lanes.ended[number].record(stream)
@@ -109,13 +110,34 @@ def _enqueue(program: Program, kernels: Kernels, bases: Mapping[Space, int], lan
         lanes.main.wait(lanes.joined[lane])
 
 
-def _launch(step: Step, kernels: Kernels, bases: Mapping[Space, int], stream: Stream, overlaps: bool) -> None:
-    function = kernels[step.kernel]
-    owners, pointers = _parameters(step.arguments, bases)
+def launch(
+    kernels: Kernels,
+    number: int,
+    grid: tuple[int, int, int],
+    arguments: Sequence[Any],
+    stream: Stream,
+    label: str,
+    overlaps: bool = False,
+) -> None:
+    """Queue one launch.
+
+    Args:
+        kernels: of a plan; number: which of them.
+        grid: blocks along x, y and z.
+        arguments: C values in the kernel's order, or tensor maps.
+        stream: takes it.
+        label: what it computes, for errors.
+        overlaps: whether it may start while what is queued before it ends.
+
+    Raises:
+        BackendFailed, OutOfMemory: CUDA refused.
+    """
+    function = kernels[number]
+    owners, pointers = _parameters(arguments)
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = step.grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = kernels.threads(step.kernel), 1, 1
-    config.sharedMemBytes = kernels.shared_memory(step.kernel)
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = kernels.threads(number), 1, 1
+    config.sharedMemBytes = kernels.shared_memory(number)
     config.hStream = stream.handle
     if overlaps:
         attribute = driver.CUlaunchAttribute()
@@ -123,37 +145,33 @@ def _launch(step: Step, kernels: Kernels, bases: Mapping[Space, int], stream: St
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs = [attribute]
         config.numAttrs = 1
-    check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0), f"launching {step.label or step.kernel}")
+    check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0), f"launching {label}")
     del owners  # the driver has copied the arguments
 
 
-def _parameters(arguments: Sequence[Argument], bases: Mapping[Space, int]) -> tuple[list[Any], Any]:
-    """The arguments as C values, and the array of pointers to them that a launch takes."""
+def _c_values(arguments: Sequence[Argument], bases: Mapping[Space, int]) -> list[Any]:
+    """A step's arguments as `launch` takes them."""
     values: list[Any] = []
-    addresses: list[int] = []
-
-    def add(value: Any) -> None:
-        values.append(value)
-        addresses.append(ctypes.addressof(value))
-
     for argument in arguments:
         match argument:
             case Pointer():
-                add(ctypes.c_uint64(bases[argument.space] + argument.offset))
+                values.append(ctypes.c_uint64(bases[argument.space] + argument.offset))
             case Int32():
-                add(ctypes.c_int32(argument.value))
+                values.append(ctypes.c_int32(argument.value))
             case Float32():
-                add(ctypes.c_float(argument.value))
+                values.append(ctypes.c_float(argument.value))
             case TensorMap():
-                encoded = _tensor_map(argument, bases)
-                values.append(encoded)
-                addresses.append(int(encoded.getPtr()))
-                for size in argument.shape:
-                    add(ctypes.c_int32(size))
-                for stride in argument.strides:
-                    add(ctypes.c_int64(stride))
-    for _ in range(2):  # Triton's scratch memory, of which no kernel of a plan needs any
-        add(ctypes.c_uint64(0))
+                values.append(_tensor_map(argument, bases))
+                values += map(ctypes.c_int32, argument.shape)
+                values += map(ctypes.c_int64, argument.strides)
+    return values
+
+
+def _parameters(arguments: Sequence[Any]) -> tuple[list[Any], Any]:
+    """All that a kernel takes, and the array of pointers to it that a launch takes."""
+    # Behind the arguments is Triton's scratch memory, of which no kernel of a plan needs any.
+    values = [*arguments, ctypes.c_uint64(0), ctypes.c_uint64(0)]
+    addresses = [int(value.getPtr()) if isinstance(value, driver.CUtensorMap) else ctypes.addressof(value) for value in values]
     return values, (ctypes.c_void_p * len(addresses))(*addresses)
 
 

@@ -126,12 +126,27 @@ class Program(msgspec.Struct, frozen=True):
     steps: tuple[Step, ...]
 
 
+class Resize(msgspec.Struct, frozen=True):
+    """The kernels that bring images to the network's size, whose launches depend on each image: those of `plugins/resize`.
+
+    Attributes:
+        across, down: their places in the plan's list.
+        rows, bytes: how many rows of the result, and how many neighbouring bytes of each, a block makes.
+    """
+
+    across: int
+    down: int
+    rows: Annotated[int, msgspec.Meta(ge=1)]
+    bytes: Annotated[int, msgspec.Meta(ge=1)]
+
+
 class Plan(msgspec.Struct, frozen=True):
-    """`plan.json`: kernels and programs, and the size of `weights.bin`."""
+    """`plan.json`: kernels and programs, the size of `weights.bin`, and what resizes images; None in plans of before it was known."""
 
     kernels: tuple[KernelCode, ...]
     programs: tuple[Program, ...]
     weights_bytes: int
+    resize: Resize | None = None
 
 
 def encode_plan(plan: Plan) -> bytes:
@@ -153,6 +168,8 @@ def _check(plan: Plan) -> None:
     for kernel in plan.kernels:
         if kernel.offset < 0 or kernel.size < 1 or not 1 <= kernel.threads <= 1024 or kernel.shared_memory < 0:
             raise BundleDamaged(f"{PLAN}: {kernel}")
+    if plan.resize is not None and not all(0 <= kernel < len(plan.kernels) for kernel in (plan.resize.across, plan.resize.down)):
+        raise BundleDamaged(f"{PLAN}: {plan.resize} of {len(plan.kernels)} kernels")
     for program in plan.programs:
         named = (*program.inputs.values(), *program.outputs.values())
         if any(region.space != "arena" or min(region.shape, default=1) < 0 for region in named):

@@ -79,8 +79,8 @@ def test_images_are_random_alike_for_a_seed_and_have_to_be_resized() -> None:
     np.testing.assert_array_equal(first, again)
     assert (first[0] != other[0]).mean() > 0.9
     ((view0, view1),) = view_pairs([first], SHAPE)
-    assert view0.shape == view1.shape == SHAPE
-    assert view0.resized_size == (128, 96)
+    assert view0.framing.shape == view1.framing.shape == SHAPE
+    assert view0.framing.resized_size == (128, 96)
 
 
 def test_both_images_of_a_pair_show_one_scene() -> None:
@@ -182,6 +182,9 @@ class FakeEngine:
     def decode(self, features1: Any, features2: Any) -> Maps:
         self.log.append(f"decode {len(features1)}")
         return self.engine.decode(features1, features2)
+
+    def encode_image(self, image: Any) -> Any:
+        raise NotImplementedError
 
     def match_images(self, image1: Any, image2: Any, request: Any) -> Any:
         raise NotImplementedError

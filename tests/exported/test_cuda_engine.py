@@ -20,11 +20,12 @@ import smc
 from smc.compiler.build import BuildRequest, build
 from smc.compiler.targets import TARGETS
 from smc.exported.engines import DeviceEngine, MatchingEngine, MatchRequest, cuda_program, engine_for
-from smc.exported.engines.cuda_program import KernelCode, Plan, Program, Region, Step, encode_plan
+from smc.exported.engines.cuda_program import KernelCode, Plan, Program, Region, Resize, Step, encode_plan
 from smc.exported.errors import BackendFailed, BadInput, BundleDamaged, BundleMismatch, OutOfMemory
-from smc.exported.images import to_unit_range
+from smc.exported.images import FramedImage, load_framed, load_view, to_unit_range
 from smc.exported.manifest import BackendInfo, Manifest, TargetInfo
 from smc.exported.manifest import Shape as ManifestShape
+from smc.plugins.resize import reference
 from tests.bundles import sample_manifest
 from tests.conformance import DATA, relative_error
 from tests.conftest import TINY_SHAPES
@@ -33,6 +34,7 @@ cudart = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-binding
 
 from smc.exported.engines import cuda as engine_module  # noqa: E402  # it needs cuda-bindings
 from smc.exported.engines import cuda_memory as cuda  # noqa: E402
+from smc.exported.engines import cuda_resize  # noqa: E402
 from smc.exported.engines.cuda import MAX_SESSIONS, CudaEngine  # noqa: E402
 from tests.exported.test_cuda_memory import HostMemory  # noqa: E402
 
@@ -43,6 +45,8 @@ SUCCESS = cudart.cudaError_t.cudaSuccess
 WIDE, HIGH = (32, 48), (48, 32)
 """(H, W) of the images that the made-up plan takes: two pairs at once."""
 CHANNELS, DESCRIPTOR = 4, 8
+ACROSS, DOWN = 0, 1
+"""Its kernels, which resize images."""
 REQUEST = MatchRequest(subsample=8)
 
 
@@ -89,7 +93,8 @@ def made_up_plan() -> Plan:
         for other in (WIDE, HIGH):
             decoders = [decoder((one, other), batch) for batch in (1, 2)]
             programs += [*decoders, matcher(decoders[0])]
-    return Plan((KernelCode("kernel", 0, 3, 128, 0),), tuple(programs), 5)
+    kernels = KernelCode("across", 0, 1, 128, 0), KernelCode("down", 1, 2, 128, 0)
+    return Plan(kernels, tuple(programs), 5, Resize(ACROSS, DOWN, rows=4, bytes=64))
 
 
 def made_up_files() -> dict[str, memoryview]:
@@ -156,8 +161,33 @@ class FakeGraph:
         batch = next(iter(self.program.inputs.values())).shape[0]
         self.gpu.launches.append((self.program.stage, batch))
         self.gpu.steps.append(self.program.steps)
+        stream.queue.append(lambda: self.gpu.seen(self.program, self.base))
         stream.queue.append(lambda: compute(self.program, self.base))
         self.gpu.meanwhile()
+
+
+def launch_resize(
+    kernels: object, number: int, grid: tuple[int, int, int], arguments: Sequence[Any], stream: FakeStream, label: str
+) -> None:
+    """Do what the kernels of `smc.plugins.resize` do, for all of the result that the grid reaches."""
+    source, first, weights, out, rows, extent, width, taps = (argument.value for argument in arguments)
+    across = number == ACROSS
+
+    def at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        assert address % 16 == 0
+        count = math.prod(shape) * np.dtype(dtype).itemsize
+        return np.frombuffer((ctypes.c_char * count).from_address(address), dtype).reshape(shape)
+
+    def run() -> None:
+        size = width if across else rows
+        given = at(source, (rows, extent, 3) if across else (extent, width, 3), np.uint8)
+        compute = reference.across if across else reference.down
+        result = compute(given, at(first, (size,), np.int32), at(weights, (taps, size), np.int32))
+        reached = at(out, (rows, width * 3), np.uint8)[: grid[1] * 4, : grid[0] * 64]
+        reached[:] = result.reshape(rows, width * 3)[: grid[1] * 4, : grid[0] * 64]
+
+    assert isinstance(stream, FakeStream)
+    stream.queue.append(run)
 
 
 class FakeMatcher:
@@ -192,6 +222,7 @@ class FakeGpu:
         self.asked: list[tuple[Any, ...]] = []
         self.broken = self.refused = ""
         self.meanwhile: Callable[[], object] = lambda: None
+        self.seen: Callable[[Program, int], object] = lambda program, base: None
         self.memory, self.pinned = HostMemory(), HostMemory()
         self._current = threading.local()
 
@@ -230,6 +261,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(
         engine_module, "CudaMatcher", lambda program, kernels, bases, stream, staging: FakeMatcher(fake, program, bases["arena"], stream)
     )
+    monkeypatch.setattr(cuda_resize, "launch", launch_resize)
     # DeviceArray.__array__ copies with this.
     monkeypatch.setattr(cudart, "cudaMemcpy", lambda to, source, nbytes, kind: (ctypes.memmove(to, source, nbytes), (SUCCESS,))[1])
     return fake
@@ -267,6 +299,11 @@ def test_programs_that_no_engine_knows_are_damaged(gpu: FakeGpu, changes: dict[s
 def images(*values: int, shape: tuple[int, int] = WIDE) -> np.ndarray:
     """An image of each value."""
     return np.repeat(np.array(values, np.uint8), 3 * shape[0] * shape[1]).reshape(-1, *shape, 3)
+
+
+def framed(value: int, shape: tuple[int, int] = WIDE) -> FramedImage:
+    """An image of one value that needs no resize."""
+    return load_framed(images(value, shape=shape)[0], [shape])
 
 
 def at(maps: Any, name: str, pair: int = 0) -> float:
@@ -332,7 +369,7 @@ def test_shapes_that_the_plan_does_not_take_are_named_in_pixels(gpu: FakeGpu, en
             engine.encode(given)
     assert "--shape" in caught.value.fix
     with pytest.raises(BadInput, match=message):
-        engine.match_images(images(1)[0], images(1, shape=(64, 96))[0], REQUEST)
+        engine.match_images(framed(1), framed(1, shape=(64, 96)), REQUEST)
 
 
 def test_features_that_make_no_pairs_are_refused(gpu: FakeGpu, engine: CudaEngine) -> None:
@@ -353,31 +390,83 @@ def test_features_that_make_no_pairs_are_refused(gpu: FakeGpu, engine: CudaEngin
         engine.encode(images())
 
 
+# --- images of any size ------------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "smaller": (61, 41),
+    "much smaller": (480, 320),
+    "larger": (31, 20),
+    "cropped at the sides": (60, 32),
+    "cropped above and below": (64, 64),
+    "as it is": (48, 32),
+    "two pixels": (2, 1),
+    "high": (320, 480),
+    "tall, which Pillow may resize down first": (100, 300),
+}
+"""(width, height)."""
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_images_become_what_pillow_makes_of_them(gpu: FakeGpu, engine: CudaEngine, name: str) -> None:
+    width, height = SIZES[name]
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    wanted = load_view(image, [WIDE, HIGH])
+    inputs: list[np.ndarray] = []
+    gpu.seen = lambda program, base: inputs.append(view(base, next(iter(program.inputs.values()))).copy())
+    given = load_framed(image, [WIDE, HIGH])
+    features = engine.encode_image(given)
+    assert features.shape[0] == 1
+    np.testing.assert_array_equal(inputs[0], wanted.rgb[None])
+    inputs.clear()
+    engine.match_images(given, given, REQUEST)
+    np.testing.assert_array_equal(inputs[0], np.stack([wanted.rgb] * 2))
+
+
+def test_plans_that_do_not_resize_have_it_done_for_them(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    wanted = np.asarray(CudaEngine(made_up_files(), manifest()).encode_image(load_framed(image, [WIDE])))
+    older = msgspec.structs.replace(made_up_plan(), resize=None)
+    monkeypatch.delattr(cuda_resize, "launch")
+    engine = CudaEngine(made_up_files() | {"plan.json": memoryview(encode_plan(older))}, manifest())
+    np.testing.assert_array_equal(np.asarray(engine.encode_image(load_framed(image, [WIDE]))), wanted)
+
+
+def test_images_of_many_sizes_take_no_more_memory(gpu: FakeGpu, engine: CudaEngine) -> None:
+    def encode(width: int) -> None:
+        engine.encode_image(load_framed(np.zeros((2 * width // 3, width, 3), np.uint8), [WIDE]))
+
+    encode(400)
+    held = len(gpu.memory.blocks), len(gpu.pinned.blocks)
+    for width in range(350, 400):
+        encode(width)
+    assert (len(gpu.memory.blocks), len(gpu.pinned.blocks)) == held
+
+
 # --- matching ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shape", "runs"), [(WIDE, [("encoder", 2)]), (HIGH, [("encoder", 1), ("encoder", 1)])])
 def test_a_pair_is_matched_where_its_maps_are(gpu: FakeGpu, engine: CudaEngine, shape: tuple[int, int], runs: list[Any]) -> None:
-    image1, image2 = images(1)[0], images(5, shape=shape)[0]
+    image1, image2 = framed(1), framed(5, shape)
     found = engine.match_images(image1, image2, REQUEST)
     assert gpu.launches == [*runs, ("decoder", 1)]
     assert (found.xy1.tolist(), found.xy2.tolist()) == ([[1, 2]], [[3, 4]])
     width = shape[1]
     np.testing.assert_allclose(found.confidence, 102 + DESCRIPTOR * (2 * 48 + 1 + 4 * width + 3) / 1000, rtol=1e-6)
     assert found.points1 is None
-    features = engine.encode(image1[None]), engine.encode(image2[None])
+    features = engine.encode_image(image1), engine.encode_image(image2)
     again = engine.match_features(*features, REQUEST)
     np.testing.assert_array_equal(again.confidence, found.confidence)
 
 
 def test_requests_reach_the_matcher(gpu: FakeGpu, engine: CudaEngine) -> None:
     for request in (MatchRequest(3, pixel_tol=2.5), MatchRequest(4, both_ways=True)):
-        engine.match_images(images(1)[0], images(2)[0], request)
+        engine.match_images(framed(1), framed(2), request)
     assert gpu.asked == [("one way", 3, 2.5), ("both ways", 4)]
 
 
 def test_points_are_those_of_the_matches(gpu: FakeGpu, engine: CudaEngine) -> None:
-    found = engine.match_images(images(1)[0], images(2)[0], MatchRequest(8, points3d=True))
+    found = engine.match_images(framed(1), framed(2), MatchRequest(8, points3d=True))
     for points, (x, y) in ((found.points1, (1, 2)), (found.points2, (3, 4))):
         np.testing.assert_allclose(points, [21 + (3 * (48 * y + x) + np.arange(3)) / 1000], rtol=1e-6)  # type: ignore[arg-type]
 
@@ -431,14 +520,14 @@ def test_the_matchers_memory_is_there_before_the_decoder_writes(gpu: FakeGpu, en
 
 def test_a_first_match_captures_nothing_twice(gpu: FakeGpu, engine: CudaEngine) -> None:
     for _ in range(2):
-        engine.match_images(images(1)[0], images(2)[0], REQUEST)
+        engine.match_images(framed(1), framed(2), REQUEST)
     assert [stage for stage, _ in gpu.captures] == ["encoder", "decoder"]
 
 
 def test_matching_on_takes_no_more_memory(gpu: FakeGpu, engine: CudaEngine) -> None:
     def match_all() -> tuple[int, int]:
         for shape in (WIDE, HIGH):
-            engine.match_images(images(1)[0], images(2, shape=shape)[0], MatchRequest(8, points3d=True))
+            engine.match_images(framed(1), framed(2, shape=shape), MatchRequest(8, points3d=True))
             features = engine.encode(images(3, shape=shape))
             engine.decode(features, features)
             engine.decode_on_device(features, features)
@@ -454,7 +543,7 @@ def test_an_engine_frees_everything_with_itself(gpu: FakeGpu) -> None:
     gc.disable()  # at once, not when Python looks for cycles
     try:
         engine = CudaEngine(made_up_files(), manifest())
-        engine.match_images(images(1)[0], images(2)[0], REQUEST)
+        engine.match_images(framed(1), framed(2), REQUEST)
         features = engine.encode(images(1))
         del engine
         np.testing.assert_array_equal(np.asarray(features), np.float16(1))
@@ -490,15 +579,15 @@ def test_a_session_that_failed_is_not_used_again(gpu: FakeGpu, engine: CudaEngin
 
 
 def test_a_session_outlives_bad_input(gpu: FakeGpu, engine: CudaEngine) -> None:
-    engine.match_images(images(1)[0], images(2)[0], REQUEST)
+    engine.match_images(framed(1), framed(2), REQUEST)
     captured = len(gpu.captures)
     gpu.refused = "descriptors hold NaN or infinite values"
     with pytest.raises(BadInput, match="NaN"):
-        engine.match_images(images(1)[0], images(2)[0], REQUEST)
+        engine.match_images(framed(1), framed(2), REQUEST)
     with pytest.raises(BadInput, match="found 96x64"):
-        engine.match_images(images(1, shape=(64, 96))[0], images(2)[0], REQUEST)
+        engine.match_images(framed(1, shape=(64, 96)), framed(2), REQUEST)
     gpu.refused = ""
-    engine.match_images(images(1)[0], images(2)[0], REQUEST)
+    engine.match_images(framed(1), framed(2), REQUEST)
     assert len(gpu.captures) == captured
 
 
@@ -543,7 +632,7 @@ def test_sections_are_timed_on_what_was_run_last(gpu: FakeGpu, engine: CudaEngin
     assert gpu.launches == [("encoder", 2)] * 3
     with pytest.raises(BadInput, match="the decoder has nothing"):
         sections["decoder"](1)
-    engine.match_images(images(1)[0], images(2)[0], REQUEST)
+    engine.match_images(framed(1), framed(2), REQUEST)
     gpu.launches.clear()
     assert sections["matcher"](2) == 3
     assert sections["decoder"](1) == 6
@@ -583,7 +672,7 @@ def test_parts_of_a_stage_are_timed_one_launch_after_the_other(gpu: FakeGpu) -> 
     with pytest.raises(BadInput, match="the decoder has nothing to be timed on"):
         sections["decoder/heads"](1)
     for name, numbers in (("decoder", [1, 2, 3, 4]), ("decoder/decoders", [1, 3]), ("decoder/heads", [2, 4])):
-        engine.match_images(images(1)[0], images(2)[0], REQUEST)
+        engine.match_images(framed(1), framed(2), REQUEST)
         gpu.steps.clear()
         assert sections[name](2) == 3
         assert [[step.grid[0] for step in steps] for steps in gpu.steps] == [numbers] * 2
@@ -685,6 +774,18 @@ def test_maps_are_those_of_onnxruntime(gpu_matcher: smc.Matcher, tiny_matcher: s
     for name, values in wanted.items():
         assert found[name].dtype == np.float32
         assert relative_error(found[name], values) < tolerance, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SIZES, "12 megapixels"])
+def test_images_are_resized_as_pillow_does(gpu_matcher: smc.Matcher, name: str) -> None:
+    """To the last bit: features of an image are those of what Pillow makes of it."""
+    scale = 1 if name == "12 megapixels" else 3
+    width, height = (scale * side for side in SIZES.get(name, (4000, 3000)))
+    image, shapes = scene(1, (height, width)), gpu_matcher.manifest.input_shapes
+    engine: Any = gpu_matcher._engine
+    found, wanted = engine.encode_image(load_framed(image, shapes)), engine.encode(load_view(image, shapes).rgb[None])
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
 
 
 @pytest.mark.gpu

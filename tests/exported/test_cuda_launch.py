@@ -118,7 +118,7 @@ def program(*steps: Step) -> Program:
 
 def parameters(*arguments: Argument) -> tuple[list[Any], list[int]]:
     """The values of a launch, which must stay, and their addresses."""
-    owners, pointers = cuda_launch._parameters(arguments, BASES)
+    owners, pointers = cuda_launch._parameters(cuda_launch._c_values(arguments, BASES))
     return owners, [pointer or 0 for pointer in pointers]
 
 

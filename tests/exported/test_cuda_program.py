@@ -17,6 +17,7 @@ from smc.exported.engines.cuda_program import (
     Pointer,
     Program,
     Region,
+    Resize,
     Step,
     TensorMap,
     decode_plan,
@@ -38,7 +39,7 @@ def plan() -> Plan:
     )
     steps = (Step(0, (4, 2, 1), arguments, False, "first"), Step(1, (1, 1, 1), (), True, "second", lane=1, waits=(0,)))
     kernels = (KernelCode("first", 0, 100, 128, 4096), KernelCode("second", 100, 50, 256, 0))
-    return Plan(kernels, (Program("encoder", {"x": x}, {"out": out}, 1024, steps),), 512)
+    return Plan(kernels, (Program("encoder", {"x": x}, {"out": out}, 1024, steps),), 512, Resize(0, 1, rows=4, bytes=256))
 
 
 def test_a_plan_survives_its_file() -> None:
@@ -88,6 +89,9 @@ CHANGES: dict[str, Change] = {
     "a step that waits for itself": lambda p: step(p, 1).update(waits=[1]),
     "a step that waits for none": lambda p: step(p, 1).update(waits=[-1]),
     "a type that is none": lambda p: p["programs"][0]["inputs"]["x"].update(dtype="float17"),
+    "resizing by a kernel that is not there": lambda p: p["resize"].update(across=2),
+    "resizing by a kernel before the first": lambda p: p["resize"].update(down=-1),
+    "resizing nothing at a time": lambda p: p["resize"].update(rows=0),
     "no programs": lambda p: p.pop("programs"),
     "a number for a name": lambda p: p["kernels"][0].update(name=1),
 }

@@ -339,7 +339,7 @@ def brightest(view: View) -> NDArray[np.float32]:
     """Image coordinates of a bright dot, the centroid of its network pixels."""
     weight = view.pixels[0] + 1
     y, x = np.indices(weight.shape)
-    return view.to_image(np.array([[np.average(x, weights=weight), np.average(y, weights=weight)]]))[0]
+    return view.framing.to_image(np.array([[np.average(x, weights=weight), np.average(y, weights=weight)]]))[0]
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["8 bits", "16 bits"])
@@ -353,11 +353,11 @@ def test_coordinates_are_in_the_declared_frame(orientation: int, deep: bool, tmp
     Image.fromarray(stored).save(tmp_path / "dot.png", exif=exif)
 
     upright = load_view(tmp_path / "dot.png", [(64, 96), (96, 64)], "apply")
-    assert (upright.exif, upright.image_size, upright.shape) == ("apply", (192, 128), (64, 96))
+    assert (upright.framing.exif, upright.framing.image_size, upright.framing.shape) == ("apply", (192, 128), (64, 96))
     np.testing.assert_allclose(brightest(upright), [151.5, 31.5], atol=0.3)
 
     as_is = load_view(tmp_path / "dot.png", [(64, 96), (96, 64)], "ignore")
-    assert (as_is.exif, as_is.image_size) == ("ignore", stored.shape[::-1])
+    assert (as_is.framing.exif, as_is.framing.image_size) == ("ignore", stored.shape[::-1])
     rows, cols = np.nonzero(stored)
     np.testing.assert_allclose(brightest(as_is), [cols.mean(), rows.mean()], atol=0.3)
 
@@ -376,14 +376,14 @@ def test_unknown_orientation_changes_nothing(orientation: int) -> None:
 @pytest.mark.parametrize("shape", [(96, 128), (128, 96), (80, 112), (384, 512), (224, 224)])
 def test_every_network_pixel_lies_where_it_is_said_to(size: tuple[int, int], shape: tuple[int, int]) -> None:
     view = load_view(Image.new("L", size), [shape])
-    (width, height), (left, top), (rows, cols) = view.resized_size, view.crop_offset, shape
+    (width, height), (left, top), (rows, cols) = view.framing.resized_size, view.framing.crop[:2], shape
     x, y = np.meshgrid(np.arange(cols), np.arange(rows))
-    found = view.to_image(np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(rows, cols, 2)
+    found = view.framing.to_image(np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(rows, cols, 2)
     assert found.dtype == np.float32
     scale_x, scale_y = size[0] / width, size[1] / height
     np.testing.assert_allclose(found[..., 0], (x + 0.5) * scale_x + left * scale_x - 0.5, rtol=1e-6, atol=1e-4)
     np.testing.assert_allclose(found[..., 1], (y + 0.5) * scale_y + top * scale_y - 0.5, rtol=1e-6, atol=1e-4)
-    assert view.to_image(np.empty((0, 2), np.int64)).shape == (0, 2)
+    assert view.framing.to_image(np.empty((0, 2), np.int64)).shape == (0, 2)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 451), (90, 61), (509, 509), (1031, 257)])
@@ -397,7 +397,7 @@ def test_pixels_come_from_where_their_coordinates_say(size: tuple[int, int], sha
     view = load_view(ramps, [shape])
     rows, cols = np.indices(shape)
     inner = (slice(8, -8), slice(8, -8))  # a resize has no neighbours to take beyond the image's edge
-    wanted = view.to_image(np.stack([cols[inner], rows[inner]], axis=-1).reshape(-1, 2))
+    wanted = view.framing.to_image(np.stack([cols[inner], rows[inner]], axis=-1).reshape(-1, 2))
     red, green = (view.pixels[channel][inner].astype(np.float64).ravel() * 127.5 + 127.5 for channel in (0, 1))
     for value, coordinate, side in ((red, wanted[:, 0], width), (green, wanted[:, 1], height)):
         assert abs(np.mean(value * (side - 1) / 255 - coordinate)) < 0.1
@@ -410,18 +410,18 @@ def test_views_of_any_size_stay_inside_their_image(width: int, height: int, shap
     if max(width, height) > 32 * min(width, height):
         return
     view = load_view(Image.new("L", (width, height)), shapes)
-    rows, cols = view.shape
-    assert view.shape in shapes
-    assert 0 < view.kept <= 1
-    left, top = view.crop_offset
+    rows, cols = view.framing.shape
+    assert view.framing.shape in shapes
+    assert 0 < view.framing.kept <= 1
+    left, top = view.framing.crop[:2]
     assert min(left, top) >= 0
-    assert left + cols <= view.resized_size[0]
-    assert top + rows <= view.resized_size[1]
-    corners = view.to_image(np.array([[0, 0], [cols - 1, 0], [0, rows - 1], [cols - 1, rows - 1]]))
+    assert left + cols <= view.framing.resized_size[0]
+    assert top + rows <= view.framing.resized_size[1]
+    corners = view.framing.to_image(np.array([[0, 0], [cols - 1, 0], [0, rows - 1], [cols - 1, rows - 1]]))
     assert (corners > -0.5).all()
     assert (corners < np.array([width, height]) - 0.5).all()
-    center = view.to_image(np.array([[(cols - 1) / 2, (rows - 1) / 2]]))[0]
-    step = np.array([width, height]) / np.array(view.resized_size)  # a crop of whole pixels is off centre by half of one
+    center = view.framing.to_image(np.array([[(cols - 1) / 2, (rows - 1) / 2]]))[0]
+    step = np.array([width, height]) / np.array(view.framing.resized_size)  # a crop of whole pixels is off centre by half of one
     assert (np.abs(center - (np.array([width, height]) - 1) / 2) <= step).all()
 
 
@@ -440,13 +440,13 @@ def test_views_of_any_size_stay_inside_their_image(width: int, height: int, shap
 def test_the_originals_geometry_is_taken_where_a_shape_allows(size: tuple[int, int], long_side: int, shape: tuple[int, int]) -> None:
     others = [(48, 48), (80, 112)] + [(s, 512) for s in (384, 336, 288) if long_side == 512 and s != shape[0]]
     view = load_view(noise(size=size), [*others, shape])
-    assert view.shape == shape
+    assert view.framing.shape == shape
     np.testing.assert_array_equal(view.pixels, load_image(noise(size=size), long_side))
 
 
 def test_of_two_sizes_of_the_originals_the_larger_is_taken() -> None:
-    assert load_view(noise(size=(640, 480)), [(96, 128), (384, 512)]).shape == (384, 512)
-    assert load_view(noise(size=(640, 480)), [(384, 512), (96, 128)]).shape == (384, 512)
+    assert load_view(noise(size=(640, 480)), [(96, 128), (384, 512)]).framing.shape == (384, 512)
+    assert load_view(noise(size=(640, 480)), [(384, 512), (96, 128)]).framing.shape == (384, 512)
 
 
 @FUZZ
@@ -456,10 +456,10 @@ def test_otherwise_the_crop_that_keeps_most_is_taken(width: int, height: int) ->
     view = load_view(Image.new("L", (width, height)), shapes)
     ratios = [width / height * rows / cols for rows, cols in shapes]
     best = max(min(ratio, 1 / ratio) for ratio in ratios)
-    assert view.kept == pytest.approx(best, abs=0.02)
+    assert view.framing.kept == pytest.approx(best, abs=0.02)
 
 
 def test_a_long_image_fits_a_small_bundle() -> None:
     view = load_view(noise(size=(1000, 100)), [(96, 128)])
-    assert view.shape == (96, 128)
-    assert view.kept < 0.2
+    assert view.framing.shape == (96, 128)
+    assert view.framing.kept < 0.2

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import smc
+from smc.exported.images import load_view
 from tests.conformance import case_images, load_case, relative_error
 
 LIMIT = 2e-5
@@ -162,12 +163,14 @@ def test_an_image_is_encoded_once_for_many_pairs(
     np.testing.assert_array_equal(first.tokens, before)
 
 
-def test_matches_are_those_of_the_maps(tiny_matcher: smc.Matcher, features: tuple[smc.Features, smc.Features]) -> None:
-    maps = tiny_matcher.infer(*(feature.view.pixels[None] for feature in features))
+def test_matches_are_those_of_the_maps(
+    tiny_matcher: smc.Matcher, pair: tuple[Path, Path], features: tuple[smc.Features, smc.Features]
+) -> None:
+    maps = tiny_matcher.infer(*(load_view(path, tiny_matcher.manifest.input_shapes).pixels[None] for path in pair))
     xy0, xy1 = smc.fast_reciprocal_nn(maps["desc1"], maps["desc2"])
     matches = tiny_matcher.match_features(*features, points3d=True)
-    np.testing.assert_array_equal(matches.keypoints0, features[0].view.to_image(xy0))
-    np.testing.assert_array_equal(matches.keypoints1, features[1].view.to_image(xy1))
+    np.testing.assert_array_equal(matches.keypoints0, features[0].framing.to_image(xy0))
+    np.testing.assert_array_equal(matches.keypoints1, features[1].framing.to_image(xy1))
     np.testing.assert_array_equal(matches.points0, maps["pts3d1"][xy0[:, 1], xy0[:, 0]])
     np.testing.assert_array_equal(matches.points1, maps["pts3d2"][xy1[:, 1], xy1[:, 0]])
     confidence = np.minimum(maps["desc_conf1"][xy0[:, 1], xy0[:, 0]], maps["desc_conf2"][xy1[:, 1], xy1[:, 0]])
@@ -189,8 +192,8 @@ def test_options_choose_among_the_matches(tiny_matcher: smc.Matcher, features: t
     assert 0 < len(confident) < len(everything)
 
     inner = tiny_matcher.match_features(*features, 4, border=10)
-    left, top = features[0].view.to_image(np.array([[10, 10]]))[0]
-    right, bottom = features[0].view.to_image(np.array([[117, 85]]))[0]
+    left, top = features[0].framing.to_image(np.array([[10, 10]]))[0]
+    right, bottom = features[0].framing.to_image(np.array([[117, 85]]))[0]
 
     def inside(x: float, y: float) -> bool:
         return bool(left <= x <= right and top <= y <= bottom)
@@ -249,7 +252,7 @@ def test_bad_images_are_refused(tiny_matcher: smc.Matcher, pair: tuple[Path, Pat
 def test_frames_are_not_mixed(tiny_matcher: smc.Matcher, features: tuple[smc.Features, smc.Features]) -> None:
     first, second = features
     with pytest.raises(smc.BadInput, match=r"'apply'.*'ignore'"):
-        tiny_matcher.match_features(first, replace(second, view=replace(second.view, exif="ignore")))
+        tiny_matcher.match_features(first, replace(second, framing=replace(second.framing, exif="ignore")))
     with pytest.raises(smc.UsageError, match="'apply' or 'ignore'"):
         tiny_matcher.encode(np.zeros((96, 128), np.uint8), exif="Ignore")  # type: ignore[arg-type]
 
