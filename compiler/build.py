@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import gc
 import hashlib
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -65,7 +68,8 @@ class BuildRequest:
         include, exclude: patterns of names of nodes that HybridCast puts into low precision, and leaves in float32.
         max_batch: pairs at once that a GPU's plan takes.
         tuning: a file of `smc tune`, for the cuda backend; None for what the project knows of the GPU.
-        kernels: a directory of compiled kernels, of this or of another machine, that the cuda backend takes them from.
+        kernels: a directory of compiled kernels, of this or of another machine, that the cuda backend takes them from. The bundle counts
+            as another one if other kernels lie there.
         dump_graphs: a directory to write the graph to after every pass.
         verbose: print the backend's own log to stderr.
         force: build even if the bundle is there already.
@@ -118,8 +122,13 @@ def build(request: BuildRequest, report: Report = lambda description, fraction: 
     target = find_target(request.gpu)
     backend = choose_backend(target, request.backend)
     precision = _choose_precision(request, backend, target)
+    if target.sm is None and request.max_batch > 1:
+        raise UsageError("a plan for CPUs takes any number of pairs at once", fix="leave out --max-batch")
     if (request.tuning or request.kernels) and backend.NAME != "cuda":
-        raise UsageError(f"{backend.NAME} plans take no tuning file and no kernels", fix="add --backend cuda")
+        raise UsageError(
+            f"{backend.NAME} plans take no tuning file and no kernels",
+            fix="leave them out" if target.sm is None else "add --backend cuda",
+        )
     require_packages("building", ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors", "platformdirs"))
     _check_inputs(request)
     out = prepare_target(request.out)
@@ -151,7 +160,7 @@ class _Build:
 
         parts: dict[str, Any] = {
             "format": FORMAT_VERSION,
-            "tool": VERSION,
+            "tool": [VERSION, _sources()],
             "torch": str(torch.__version__),
             "libraries": [metadata.version(name) for name in ("onnxscript", "onnx-ir", "onnx", "onnx-graphsurgeon", "onnxruntime")],
             "backend": [self.backend.NAME, self.backend.version()],
@@ -162,6 +171,7 @@ class _Build:
             "precision": [self.precision, list(self.request.include), list(self.request.exclude)],
             "max_batch": self.request.max_batch,
             "ingredients": list(self.backend.ingredients(self.target, self.request.tuning)),
+            "kernels": _kernel_names(self.request.kernels),
         }
         return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()
 
@@ -172,7 +182,9 @@ class _Build:
             exported = source.export(self.clock.within("export", 0.03, 0.3))
             references = source.run(pairs, self.clock.within("reference", 0.3, 0.4))
             reports = self._write_graphs(exported, pairs, references, staging, dumper)
-            source.close()  # the plan is loaded next: the two are never in memory together
+            # The plan is loaded next: the two are never in memory together. Graphs are full of cycles, which only a collection frees.
+            source.close()
+            gc.collect()
 
             verification = None
             if self._on_gpu:
@@ -225,7 +237,10 @@ class _Build:
         staging: Staging,
         dumper: GraphDumper | None,
     ) -> list[StageReport]:
-        """Run the passes on both stages and write the typed graphs, with the report of what was done."""
+        """Run the passes on both stages and write the typed graphs, with the report of what was done.
+
+        Empties `exported`: whatever holds a model keeps its weights in memory.
+        """
         from smc.compiler.optimize import StageGraph
         from smc.compiler.pipeline import FLOAT32_STREAMS, PIPELINES, PipelineTask
         from smc.passes.hybrid_cast import UnmatchedPattern, check_patterns
@@ -238,7 +253,7 @@ class _Build:
         for stage, start in zip(STAGES, (0.4, 0.45), strict=True):
             streams = (self.backend.NAME, stage) in FLOAT32_STREAMS
             task = PipelineTask(stage, self.shapes, request.max_batch, self.precision, request.include, request.exclude, streams)
-            graphs[stage] = StageGraph(exported[stage], task, dumper, self.clock.within("optimize", start, start + 0.05))
+            graphs[stage] = StageGraph(exported.pop(stage), task, dumper, self.clock.within("optimize", start, start + 0.05))
             graphs[stage].run(PIPELINES[self.backend.NAME])
         try:
             check_patterns([*request.include, *request.exclude], *(stage.graph for stage in graphs.values()))
@@ -329,6 +344,7 @@ def _check_inputs(request: BuildRequest) -> None:
     """Refuse what is absent before anything is made on disk."""
     from smc.compiler.config import resolve_config
 
+    _kernel_names(request.kernels)
     if request.random_seed is not None:
         resolve_config(request.model or "large")
     elif request.onnx is not None:
@@ -339,6 +355,28 @@ def _check_inputs(request: BuildRequest) -> None:
         raise InputMissing(
             f"{request.checkpoint}: no such checkpoint", fix="give a .pth file, or the folder of model.safetensors and config.json"
         )
+
+
+def _kernel_names(kernels: Path | None) -> list[str]:
+    """What lies in a directory of compiled kernels: their names tell them apart. Raises InputMissing."""
+    try:
+        return [] if kernels is None else sorted(os.listdir(kernels))
+    except OSError as error:
+        raise InputMissing(
+            f"--kernels {kernels}: {error.strerror}", fix="give the directory of compiled kernels of a build's cache, or leave it out"
+        ) from error
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of what of this package takes part in builds: its code, and the photographs that they calibrate with."""
+    digest = hashlib.sha256()
+    for name in ("compiler", "examples", "exported", "passes", "plugins"):
+        (folder,) = importlib.import_module(f"smc.{name}").__path__
+        for path in sorted(Path(folder).rglob("*.png" if name == "examples" else "*.py")):
+            content = path.read_bytes()
+            digest.update(f"{name}/{path.relative_to(folder).as_posix()} {len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def _choose_precision(request: BuildRequest, backend: Backend, target: Target) -> Precision:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +32,9 @@ PARTS = 32
 SAMPLING = 127
 """The share of subnormal values is that among every so many-th value. A prime, so that all channels are met."""
 
-SECONDS = 40.0
-"""Time for the search, per graph. A first run that alone takes longer is not cut short."""
+RUNS = 24
+"""Runs of a graph that the search may take: enough to narrow down about two parts, one after the other. Runs and not seconds, so that every
+machine finds the same nodes. On two cores a run of either graph of the public model takes up to 20 seconds."""
 
 
 def plan_precision(
@@ -46,7 +46,6 @@ def plan_precision(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     streams: bool = False,
-    seconds: float = SECONDS,
 ) -> HybridCast:
     """The pass that gives `graph` its precision, calibrated if that is "hybrid"; the others do not depend on values.
 
@@ -58,7 +57,6 @@ def plan_precision(
         include, exclude: patterns of node names, as for the pass. Those that match nothing in this graph are left out: they may mean
             the other one. Call `check_patterns` with both graphs before.
         streams: whether residual streams stay in float32, as for the pass.
-        seconds: time for the search for nodes to blame.
 
     Raises:
         BackendFailed, OutOfMemory: ONNX Runtime could not run the graph.
@@ -74,20 +72,13 @@ def plan_precision(
         # Nodes that the user forces into low precision are not to be blamed on others: the search goes without them.
         return HybridCast(precision, ranges, keep, exclude=exclude, streams=streams)
 
-    keep = find_dominant(graph, cast, feeds[0], outputs[0], seconds=seconds)
+    keep = find_dominant(graph, cast, feeds[0], outputs[0])
     return HybridCast(precision, ranges, keep, include, exclude, streams)
 
 
-def calibrate(graph: gs.Graph, feeds: Sequence[Feeds]) -> dict[str, TensorRange]:
-    """Ranges of the float32 tensors that `graph` takes and computes, over all of `feeds`; those that it only moves are left out.
-
-    Raises BackendFailed or OutOfMemory.
-    """
-    return _record(graph, feeds)[0]
-
-
 def _record(graph: gs.Graph, feeds: Sequence[Feeds]) -> tuple[dict[str, TensorRange], list[Outputs]]:
-    """Ranges over all of `feeds`, and the outputs of each. The graph itself reduces the tensors, so that they need not be kept."""
+    """Ranges over all of `feeds` of the float32 tensors that the graph takes and computes, but for those that it only moves, and the
+    outputs of each. The graph itself reduces the tensors, so that they need not be kept."""
     probed = graph.copy()
     network = list(probed.nodes)
     edit = Editor(probed)
@@ -141,13 +132,13 @@ def find_dominant(
     reference: Outputs,
     *,
     tolerance: float = TOLERANCE,
-    seconds: float = SECONDS,
+    runs: int = RUNS,
 ) -> dict[str, str]:
     """The nodes whose low precision makes most of the error of the outputs, each with the reason to keep it in float32.
 
     Where everything in low precision errs by no more than `tolerance`, there are none; that costs one run. Otherwise the nodes, in
     topological order, are halved again and again: each half is run in low precision with all others in float32, and a half that does
-    not make the larger part of the error is dropped. What has not been narrowed down when the time is up is kept as it is.
+    not make the larger part of the error is dropped. What cannot be narrowed down with the runs that are left is kept as it is.
 
     Args:
         graph: a float32 graph. Stays as it is.
@@ -155,22 +146,23 @@ def find_dominant(
         feed: sample input.
         reference: what the float32 graph makes of it.
         tolerance: relative error that each output may have.
-        seconds: time for the search.
+        runs: how often the graph may be run. Fewer than three find nothing.
     """
-    deadline = time.monotonic() + seconds
 
     def errors(keep: Mapping[str, str]) -> tuple[dict[str, float], list[str]]:
+        nonlocal runs
+        runs -= 1
         typed = graph.copy()
         low = cast(keep)(typed).low
         found = GraphRunner(typed).run(feed)
         return {name: relative_error(reference[name], found[name]) for name in reference}, low
 
     kept: dict[str, str] = {}
-    while True:
+    while runs >= 3:  # one of everything and one of either half: fewer would keep everything
         total, nodes = errors(kept)
         worst = max(total, key=lambda name: total[name])
-        if total[worst] <= tolerance or time.monotonic() > deadline:
-            return kept
+        if total[worst] <= tolerance:
+            break
         found: dict[str, str] = {}
         finest = max(1, len(nodes) // PARTS)
         parts = [nodes]
@@ -180,14 +172,15 @@ def find_dominant(
             error = errors(kept | others)[0][worst] if len(part) < len(nodes) else total[worst]
             if error < DOMINANT * total[worst]:
                 continue
-            if len(part) > finest and time.monotonic() < deadline:
+            if len(part) > finest and runs >= len(parts) + 2:  # one for each part that waits, and for either half
                 middle = len(part) // 2
                 parts += [part[:middle], part[middle:]]
             else:
                 found |= dict.fromkeys(part, f"with {len(part) - 1} others moves {worst} by {error:.1e} of {total[worst]:.1e} in all")
         if not found:
-            return kept
+            break
         kept |= found
+    return kept
 
 
 def relative_error(wanted: NDArray[Any], found: NDArray[Any]) -> float:

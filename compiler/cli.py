@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import signal
 import sys
@@ -64,7 +65,18 @@ class CountsType(click.ParamType):  # type: ignore[type-arg]
         return tuple(map(int, parts))
 
 
-POSITIVE = click.FloatRange(0, min_open=True)
+class FiniteType(click.FloatRange):
+    """A number in a range; NaN, which is in none, and infinity are refused too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+POSITIVE = FiniteType(0, min_open=True)
+PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is not a wrong usage: whoever reads it says so
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -75,19 +87,19 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--gpu", required=True, help="Machine to build for; `smc targets` lists them.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="A .pth file, or a folder of config.json and model.safetensors.")
+@click.option("--checkpoint", type=PATH, help="A .pth file, or a folder of config.json and model.safetensors.")
 @click.option(
     "--random-weights", "random_seed", type=int, metavar="SEED", help="Random weights instead of a checkpoint: for trying the tool out."
 )
 @click.option(
     "--onnx",
     nargs=2,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="ENCODER DECODER",
     help="Two ONNX files instead of a checkpoint; README says what they must take and return.",
 )
 @click.option("--model", metavar="NAME|FILE", help="With --random-weights: large, small, pocket or a config.json.  [default: large]")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle's directory. An older bundle there is removed.")
+@click.option("--out", required=True, type=PATH, help="The bundle's directory. An older bundle there is removed.")
 @click.option(
     "--shape",
     "shapes",
@@ -104,9 +116,9 @@ def cli() -> None:
 @click.option("--include", multiple=True, metavar="PATTERN", help="Nodes to put into low precision, by name; * stands for anything.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Nodes to leave in float32; goes before --include.")
 @click.option("--max-batch", default=1, show_default=True, help="Pairs at once that a GPU's plan takes.")
-@click.option("--tuning", type=click.Path(path_type=Path), metavar="FILE", help="A file of smc tune, for --backend cuda.")
-@click.option("--kernels", type=click.Path(path_type=Path), metavar="DIR", help="Take kernels from this cache of a build.")
-@click.option("--dump-graphs", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass, numbered.")
+@click.option("--tuning", type=PATH, metavar="FILE", help="A file of smc tune, for --backend cuda.")
+@click.option("--kernels", type=PATH, metavar="DIR", help="Take compiled kernels from here first.")
+@click.option("--dump-graphs", type=PATH, metavar="DIR", help="Write the graph after every pass, numbered.")
 @click.option("--verbose", is_flag=True, help="Print the backend's own log, and why passes left nodes alone.")
 @click.option("--force", is_flag=True, help="Build even if the bundle is up to date.")
 @click.option("--no-wait", is_flag=True, help="Fail if another build of the same bundle is running.")
@@ -115,7 +127,7 @@ def build(gpu: str, out: Path, shapes: Sequence[tuple[int, int]], no_wait: bool,
     from smc.compiler.build import BuildRequest
     from smc.compiler.build import build as run_build
 
-    with _progress() as report:
+    with _progress() as report, _warnings_to_stderr(_OURS):
         result = run_build(BuildRequest(gpu=gpu, out=out, shapes=shapes or None, wait=not no_wait, verbose=verbose, **request), report)
     for stage in result.passes:
         if stage.passes:
@@ -131,14 +143,14 @@ def build(gpu: str, out: Path, shapes: Sequence[tuple[int, int]], no_wait: bool,
 
 
 @cli.command()
-@click.argument("image0", type=click.Path(path_type=Path))
-@click.argument("image1", type=click.Path(path_type=Path))
-@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="The bundle to match with.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the matches to this .npz file.")
-@click.option("--viz", type=click.Path(path_type=Path), help="Draw the matches to this picture.")
+@click.argument("image0", type=PATH)
+@click.argument("image1", type=PATH)
+@click.option("--bundle", required=True, type=PATH, help="The bundle to match with.")
+@click.option("--out", type=PATH, help="Write the matches to this .npz file.")
+@click.option("--viz", type=PATH, help="Draw the matches to this picture.")
 @click.option(
     "--homography",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Of a flat scene, the true homography: check the matches with it, and draw right ones green.",
 )
@@ -146,9 +158,7 @@ def build(gpu: str, out: Path, shapes: Sequence[tuple[int, int]], no_wait: bool,
     "--subsample", default=8, show_default=True, type=click.IntRange(1), help="Step of the grid of starting points, network pixels."
 )
 @click.option("--both-ways", is_flag=True, help="Start from grids in both images, and merge.")
-@click.option(
-    "--pixel-tol", default=0.0, show_default=True, type=click.FloatRange(0), help="Keep starting points that come back this close."
-)
+@click.option("--pixel-tol", default=0.0, show_default=True, type=FiniteType(0), help="Keep starting points that come back this close.")
 @click.option("--border", default=0, show_default=True, type=click.IntRange(0), help="Drop matches this close to the input's edge.")
 @click.option("--min-confidence", default=0.0, show_default=True, help="Drop matches below this confidence.")
 @click.option("--points3d", is_flag=True, help="Also write the 3D points of the matches.")
@@ -202,8 +212,8 @@ def match(
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--pair", nargs=2, type=click.Path(path_type=Path), help="Two images to verify with, instead of the shipped photographs.")
+@click.argument("bundle", type=PATH)
+@click.option("--pair", nargs=2, type=PATH, help="Two images to verify with, instead of the shipped photographs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def verify(bundle: Path, pair: tuple[Path, Path] | None, as_json: bool) -> None:
     """Compare a bundle's plan with its float32 graph on real images."""
@@ -221,7 +231,7 @@ def verify(bundle: Path, pair: tuple[Path, Path] | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option("--layers", is_flag=True, help="List every layer of the plan.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(bundle: Path, layers: bool, as_json: bool) -> None:
@@ -260,7 +270,7 @@ def inspect(bundle: Path, layers: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option("--shape", "shapes", type=ShapeType(), multiple=True, help="Input shape, several times for several.  [default: the first]")
 @click.option("--batch", "batches", type=CountsType(), help="Pairs at once.  [default: 1,2,4,8 on GPUs, 1 on CPUs]")
 @click.option("--peers/--no-peers", default=True, help="Also measure torch and ONNX Runtime, as far as they are installed.  [default: yes]")
@@ -270,17 +280,17 @@ def inspect(bundle: Path, layers: bool, as_json: bool) -> None:
     "--with",
     "others",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="BUNDLE",
     help="Another bundle of the same weights: for CPUs, for ONNX Runtime; in fp32 or hybrid, for --ablation, which else builds it.",
 )
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="What the bundle was built from, for the torch model.")
+@click.option("--checkpoint", type=PATH, help="What the bundle was built from, for the torch model.")
 @click.option("--random-weights", "random_seed", type=click.IntRange(0), metavar="SEED", help="Random weights for the torch model.")
 @click.option("--repeat", default=20, show_default=True, type=click.IntRange(3), help="Samples a figure, at most.")
-@click.option("--timeout", default=900.0, show_default=True, type=click.FloatRange(1), help="Seconds that a contestant may take.")
+@click.option("--timeout", default=900.0, show_default=True, type=FiniteType(1), help="Seconds that a contestant may take.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the images.  [default: a new one]")
-@click.option("--json", type=click.Path(path_type=Path), metavar="FILE", help="Write everything to this file.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png, .svg or .pdf.")
+@click.option("--json", type=PATH, metavar="FILE", help="Write everything to this file.")
+@click.option("--plot", type=PATH, metavar="FILE", help="Draw a .png, .svg or .pdf.")
 def bench(bundle: Path, shapes: Sequence[tuple[int, int]], **request: Any) -> None:
     """Measure a bundle, its peers, and the paper's ablation."""
     from smc.compiler.bench.run import BenchRequest
@@ -301,12 +311,13 @@ def bench(bundle: Path, shapes: Sequence[tuple[int, int]], **request: Any) -> No
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option("--prepare", type=click.Path(path_type=Path), metavar="DIR", help="Only compile the candidates, into DIR; needs no GPU.")
-@click.option("--candidates", type=click.Path(path_type=Path), metavar="DIR", help="Only time candidates that --prepare compiled.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The tuning file to write, for smc build --tuning.")
+@click.argument("bundle", type=PATH, required=False)
+@click.option("--prepare", type=PATH, metavar="DIR", help="Only compile the candidates, into DIR; needs no GPU.")
+@click.option("--candidates", type=PATH, metavar="DIR", help="Only time candidates that --prepare compiled.")
+@click.option("--out", type=PATH, metavar="FILE", help="The tuning file to write, a .json, for smc build --tuning.")
 def tune(bundle: Path | None, prepare: Path | None, candidates: Path | None, out: Path | None) -> None:
     """Time the kernels of a bundle of --backend cuda on this machine's GPU, and write down the fastest."""
+    from smc.compiler.output_files import check_output
     from smc.compiler.packages import cache_directory, require_packages
     from smc.exported.errors import UsageError
 
@@ -315,10 +326,11 @@ def tune(bundle: Path | None, prepare: Path | None, candidates: Path | None, out
             "a bundle is tuned in one go, or in two steps",
             fix="smc tune BUNDLE --out FILE; or smc tune BUNDLE --prepare DIR, and on the GPU smc tune --candidates DIR --out FILE",
         )
+    check_output(out, "--out", (".json",))
     require_packages("tuning", ("triton", "onnx", "onnx_graphsurgeon", "platformdirs"))
     from smc.compiler import tune as tuning
 
-    with _progress() as report, tempfile.TemporaryDirectory() as scratch:
+    with _progress() as report, _warnings_to_stderr(_OURS), tempfile.TemporaryDirectory() as scratch:
         directory = candidates or prepare or Path(scratch)
         if bundle is not None:
             count = tuning.prepare(bundle, directory, cache_directory(), report)
@@ -344,7 +356,7 @@ def tune(bundle: Path | None, prepare: Path | None, candidates: Path | None, out
     metavar="KIND:PATH[:IMAGES]",
     help="Pairs with ground truth, several times for several kinds: megadepth, scannet, pairs, hpatches, homography, scenes, rendered.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Results, a line a pair; continued if it was begun.")
+@click.option("--out", type=PATH, metavar="FILE", help="Results, a line a pair; continued if it was begun.")
 @click.option("--limit", type=click.IntRange(1), help="Draw this many pairs from each data set.  [default: all]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of that draw, and of the robust estimation.")
 @click.option("--draws", default=1, show_default=True, type=click.IntRange(1), help="Estimate this often, with other samples, and average.")
@@ -354,13 +366,13 @@ def tune(bundle: Path | None, prepare: Path | None, candidates: Path | None, out
     "--subsample", default=8, show_default=True, type=click.IntRange(1), help="As for smc match, and so are the next four; for bundles."
 )
 @click.option("--both-ways", is_flag=True)
-@click.option("--pixel-tol", default=0.0, show_default=True, type=click.FloatRange(0))
+@click.option("--pixel-tol", default=0.0, show_default=True, type=FiniteType(0))
 @click.option("--border", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--min-confidence", default=0.0, show_default=True)
 @click.option(
     "--compare",
     nargs=2,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE FILE",
     help="Instead, show how the second file's results differ from the first's.",
 )
@@ -612,10 +624,16 @@ def _progress() -> Iterator[Callable[..., None]]:
         yield report
 
 
+_OURS = r"smc\."
+"""Modules of this package."""
+
+
 @contextlib.contextmanager
-def _warnings_to_stderr() -> Iterator[None]:
+def _warnings_to_stderr(modules: str = "") -> Iterator[None]:
+    """Print warnings that are meant for users as the command's own, those that modules of these names give; "" is for all."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.filterwarnings("always", category=UserWarning, module=modules)
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
+from smc.compiler.packages import OLDEST_TRITON, is_old_triton
 from smc.version import VERSION
 
 PACKAGES = {
@@ -66,8 +67,12 @@ def _extra(extra: str) -> Finding:
 def _kernel_compiler() -> Finding:
     """Triton is in no extra of its own: CUDA plans need it where they are built, on top of `[compile]`, and nowhere else."""
     found, lacking = _installed(("triton",))
-    subject = "building CUDA plans"
-    return Finding(subject, "absent", "lacks triton", "pip install 'triton>=3.9'") if lacking else Finding(subject, "ok", found[0])
+    subject, fix = "building CUDA plans", f"pip install 'triton>={'.'.join(map(str, OLDEST_TRITON))}'"
+    if lacking:
+        return Finding(subject, "absent", "lacks triton", fix)
+    if is_old_triton(metadata.version("triton")):
+        return Finding(subject, "absent", f"{found[0]} is too old", fix)
+    return Finding(subject, "ok", found[0])
 
 
 def _installed(names: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -37,13 +38,13 @@ def import_graph(model: ir.Model, name: str) -> gs.Graph:
     """
     light = model.clone()
     weights: dict[str, NDArray[np.generic]] = {}
-    for name, value in list(light.graph.initializers.items()):
+    for weight, value in list(light.graph.initializers.items()):
         assert value.const_value is not None
         values = value.const_value.numpy()
-        value.const_value = ir.tensor(values, name=name)  # wherever it was
+        value.const_value = ir.tensor(values, name=weight)  # wherever it was
         if values.nbytes > _SMALL:
-            weights[name] = values
-            del light.graph.initializers[name]
+            weights[weight] = values
+            del light.graph.initializers[weight]
             value.const_value = None
             light.graph.inputs.append(value)
     try:
@@ -55,15 +56,24 @@ def import_graph(model: ir.Model, name: str) -> gs.Graph:
 
 
 def read_onnx(path: Path) -> ir.Model:
-    """Read somebody's ONNX file. Its external data must lie in the file's own folder or below.
+    """Read somebody's ONNX file. Its initializers' external data must lie in the file's own folder or below; other tensors have none.
 
     Raises:
         InputMissing: a file is absent or unreadable.
-        BadInput: it is not a whole ONNX model, or its weights lie elsewhere.
+        BadInput: it is not a whole ONNX model, its weights lie elsewhere, or data of nodes lie in other files.
     """
     try:
+        proto = onnx.load(path, load_external_data=False)
+        for part in (*proto.graph.node, *proto.functions):
+            if _refers_to_files(part):
+                # Whatever comes to read them would look in the working directory, and take what is there.
+                raise BadInput(
+                    f"{path}: values in {part.name or part.op_type} lie in another file, which those of the graph's initializers alone may",
+                    fix="load it with onnx.load, and save it with onnx.save_model: that leaves them inside",
+                )
+        model = ir.from_proto(proto)
         # With a relative path onnx_ir would take the folder for unknown, and check no weights' place against it.
-        model = ir.load(path.absolute())
+        ir.external_data.set_base_dir(model.graph, path.absolute().parent)
         if not len(model.graph):
             raise BadInput(f"{path}: it holds no operations")
         for value in model.graph.initializers.values():
@@ -81,6 +91,14 @@ def read_onnx(path: Path) -> ir.Model:
             fix="copy the file and its weights into one folder, without links (cp -L)" if "outside the base" in str(error) else "",
         ) from error
     return model
+
+
+def _refers_to_files(message: Any) -> bool:
+    """Whether any tensor in a protobuf message, however deep, has its values in another file."""
+    if isinstance(message, TensorProto):
+        return message.data_location == TensorProto.EXTERNAL
+    fields = [value for field, value in message.ListFields() if field.message_type is not None]
+    return any(_refers_to_files(part) for value in fields for part in ([value] if hasattr(value, "ListFields") else value))
 
 
 def write_graph(graph: gs.Graph, directory: Path, name: str) -> None:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from smc.compiler.kernel_cache import KernelCache
 from smc.exported.engines.cuda_program import (
+    ITEMSIZES,
     Argument,
     Float32,
     Int32,
@@ -43,7 +42,11 @@ class KernelTable:
         self._compiled: dict[Kernel, Compiled | ValueError] = {}
 
     def compile(self, kernels: Sequence[Kernel]) -> None:
-        """Compile those that are new, in parallel. One that does not compile raises when it is asked for."""
+        """Compile those that are new, in parallel. One that does not compile raises when it is asked for.
+
+        Raises:
+            BackendFailed: see `KernelCache.try_all`.
+        """
         new = list(dict.fromkeys(kernel for kernel in kernels if kernel not in self._compiled))
         self._compiled.update(zip(new, self._cache.try_all(new, self._sm), strict=True))
 
@@ -120,8 +123,8 @@ def assemble(
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of an element; numpy has no bfloat16."""
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    """Bytes of an element of a type that plans have, by its name. Raises KeyError: they do not have it."""
+    return ITEMSIZES[dtype]
 
 
 def _place(value: Address | Descriptor, places: Mapping[str, Place]) -> tuple[Any, int]:

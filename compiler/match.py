@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from smc.compiler.output_files import replacing
+from smc.compiler.output_files import check_output, replacing
 from smc.compiler.plane_check import PlaneCheck, check_plane, draw_check, read_truth
 from smc.exported.drawing import draw_matches
-from smc.exported.errors import CannotWrite, UsageError
+from smc.exported.errors import CannotWrite
 from smc.exported.images import ExifChoice, open_image
 from smc.exported.manifest import Manifest
-from smc.exported.matcher import Matches, load
+from smc.exported.matcher import Features, Matches, load
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,8 @@ def match_files(
         NoTarget: a homography was given, and poselib is not installed.
         And what `load` and `Matcher.match` raise.
     """
-    if out is not None and out.suffix != ".npz":
-        raise UsageError(f"--out {out}: matches are written as .npz")
-    if viz is not None and viz.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UsageError(f"--viz {viz}: pictures are written as .png, .jpg or .webp")
-    for path in (out, viz):
-        if path is not None and not (os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)):
-            raise CannotWrite(f"{path}: its folder is missing or read-only")
-        if path is not None and os.path.isdir(path):  # unlike Path.is_dir, false for a name that is too long
-            raise CannotWrite(f"{path} is a directory")
+    check_output(out, "--out", (".npz",))
+    check_output(viz, "--viz", PICTURE_ENDINGS)
 
     truth = None if homography is None else read_truth(homography)
     seconds: dict[str, float] = {}
@@ -95,23 +89,27 @@ def match_files(
         yield
         seconds[name] = time.perf_counter() - start
 
+    def encode(path: Path) -> tuple[Image.Image, Features]:
+        image = open_image(path, exif)
+        # As an array, for the image still has the EXIF data by which it has been turned already.
+        return image, matcher.encode(np.asarray(image), exif=exif)
+
     with stage("load", "loading the bundle"):
         matcher = load(bundle)
     with stage("encode 0", f"encoding {image0.name}"):
-        features0 = matcher.encode(image0, exif=exif)
+        pixels0, features0 = encode(image0)
     with stage("encode 1", f"encoding {image1.name}"):
-        features1 = matcher.encode(image1, exif=exif)
+        pixels1, features1 = encode(image1)
     with stage("decode and match", "decoding and matching"):
         matches = matcher.match_features(features0, features1, **options)
 
     plane = None if truth is None else check_plane(matches, truth)
     if out is not None:
-        with replacing(out) as temporary:
-            np.savez(temporary, **matches.arrays())  # type: ignore[arg-type]  # numpy's stub reads every name as `allow_pickle`
+        with replacing(out) as temporary, temporary.open("wb") as file:  # NumPy would add .npz to a name that ends in .NPZ
+            np.savez(file, **matches.arrays())  # type: ignore[arg-type]  # numpy's stub reads every name as `allow_pickle`
     if viz is not None:
         with replacing(viz) as temporary:
-            images = open_image(image0, exif), open_image(image1, exif)
-            picture = draw_matches(*images, matches) if plane is None else draw_check(*images, matches, plane)
+            picture = draw_matches(pixels0, pixels1, matches) if plane is None else draw_check(pixels0, pixels1, matches, plane)
             _save_picture(picture, temporary)
     return MatchResult(matches, matcher.manifest, seconds, plane)
 

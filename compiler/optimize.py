@@ -13,7 +13,7 @@ from smc.compiler.pipeline import Pipeline, PipelineTask, fixed_dims
 from smc.compiler.reports import PassSummary, StageReport
 from smc.exported.errors import BadInput
 from smc.exported.images import as_plan_input
-from smc.passes.base import GraphRefused, Pass, PassReport
+from smc.passes.base import GraphRefused, Pass, PassReport, label
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -53,13 +53,14 @@ class StageGraph:
             feeds: samples to calibrate with: for each, the graph's inputs in order, images as float32 pixels.
 
         Raises:
-            BadInput: the graph has a tensor of unknown type.
+            BadInput: the graph has a tensor of unknown type, or is to stay in float32 and computes in another type itself.
             BackendFailed, OutOfMemory: the samples could not be run.
         """
         from smc.compiler.calibration import plan_precision
 
         task = self._task
         if task.precision == "fp32":
+            _check_float32(self.graph, task.stage)
             return
         plan = plan_precision(
             self.graph,
@@ -87,6 +88,23 @@ class StageGraph:
             raise BadInput(f"{stage}, {step.name}: {error}") from error
         if self._dumper is not None:
             self._dumper.dump(stage, len(self._passes), step.name, self.graph)
+
+
+def _check_float32(graph: gs.Graph, stage: str) -> None:
+    """Raise BadInput where a node computes in float16 or bfloat16. Weights may be stored in these."""
+    from onnx import TensorProto
+
+    from smc.compiler.graph_runner import low_precision
+
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            low = low_precision(tensor)
+            if low is not None and node.op != "Constant":
+                name = TensorProto.DataType.Name(low).lower()
+                raise BadInput(
+                    f"{stage}: the model itself computes in {name}, by {label(node)}, and the plan is to be in float32",
+                    fix="export the model in float32",
+                )
 
 
 def _summary(report: PassReport) -> PassSummary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,15 @@ DISTRIBUTIONS = {
     "cv2": "opencv-python-headless",
 }
 """Names to install, where they differ from the names to import."""
+
+
+OLDEST_TRITON = (3, 9)
+"""The first version with the Gluon that kernels are written in."""
+
+
+def is_old_triton(version: str) -> bool:
+    """Whether Triton of a version such as "3.7.1" is too old to compile this project's kernels."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON
 
 
 def missing_packages(names: Iterable[str]) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
 from smc.compiler.backends.plan_job import Precision
+from smc.compiler.stage_inputs import dynamic_dims
 from smc.exported.images import PATCH
 from smc.passes.base import Pass
 from smc.passes.bytes_input import BytesInput
@@ -23,7 +23,6 @@ from smc.passes.fuse_gelu import FuseGelu
 from smc.passes.merge_projections import MergeProjections
 from smc.passes.rotary_fusion import RotaryFusion
 from smc.passes.rotary_tables import RotaryTables
-from smc.passes.tensors import Dim
 from smc.passes.twin_norms import TwinNorms
 
 
@@ -103,7 +102,8 @@ def cuda_passes(task: PipelineTask, dims: Dims) -> list[Pass]:
         CommonSubexpressions(),
         # A 1x1 convolution behind an enlargement does four times the work that it does before it.
         CommuteUpsample(),
-        # Scales of norms that are in float32 products are not rounded by themselves: their rounding made 6 % of the descriptors' error.
+        # Scales of norms become part of weights, with which HybridCast then rounds them once. Rounded by themselves they made 6 % of the
+        # descriptors' error.
         # In the decoder both views afterwards read one normalised stream: the products of one view's self-attention and of the other's
         # cross-attention become one. The backend makes both views one stream of twice the batch once every dimension is static.
         TwinNorms(),
@@ -133,27 +133,8 @@ TensorRT fuses sums and norms by rules of its own; what float32 costs there was 
 
 
 def fixed_dims(graph: gs.Graph, task: PipelineTask) -> Dims:
-    """The grid, where the plan takes one input shape, and the batch, where it takes one pair."""
-    dims: dict[str, int] = {}
-
-    def fix(size: Dim, value: int) -> None:
-        if isinstance(size, str) and (match := re.fullmatch(r"(?:(\d+)\*)?(\w+)", size)):
-            dims[match[2]] = value // int(match[1] or 1)
-
-    shapes = [tensor.shape for tensor in graph.inputs]
-    if task.stage == "decoder" and task.max_batch == 1:  # the encoder may take both images of a pair at once
-        for shape in shapes:
-            fix(shape[0], 1)
-    if len(task.shapes) == 1:
-        height, width = task.shapes[0]
-        rows, cols = height // PATCH, width // PATCH
-        for shape in shapes:
-            if task.stage == "encoder":
-                fix(shape[2], height)
-                fix(shape[3], width)
-            elif len(shape) == 4:
-                fix(shape[1], rows)
-                fix(shape[2], cols)
-            elif len(shape) == 3:  # tokens in a row, as some exporters leave them
-                fix(shape[1], rows * cols)
-    return dims
+    """The grid, where the plan takes one input shape, and the batch, where it takes one pair. Raises BadInput: see `dynamic_dims`."""
+    shape = task.shapes[0] if len(task.shapes) == 1 else None
+    # The encoder may take both images of a pair at once.
+    batch = 1 if task.stage == "decoder" and task.max_batch == 1 else None
+    return dynamic_dims(graph, task.stage, [shape] * len(graph.inputs), batch)

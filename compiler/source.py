@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from smc.compiler import verify
 from smc.exported.errors import BadInput
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from smc.compiler.checkpoint import Weights
+    from smc.passes.tensors import Dim
 
 STAGES = ("encoder", "decoder")
 MAPS = tuple(f"{name}{view}" for view in (1, 2) for name in ("pts3d", "conf", "desc", "desc_conf"))
@@ -94,8 +96,9 @@ class CheckpointSource:
 class OnnxSource:
     """An encoder and a decoder that somebody exported.
 
-    The encoder takes one float32 image (batch, 3, H, W) in [-1, 1] and returns features of any shape; the decoder takes the
-    features of two images and returns the maps of `MAPS`, batch first, under these names.
+    The encoder takes one float32 image (batch, 3, H, W) in [-1, 1] and returns features (batch, H/16, W/16, channels), or
+    (batch, H/16 * W/16, channels); the decoder takes the features of two images and returns the maps of `MAPS` under these names:
+    (batch, H, W, 3) for points, (batch, H, W, D) for descriptors, (batch, H, W) for confidences.
     """
 
     def __init__(self, encoder: Path, decoder: Path) -> None:
@@ -106,9 +109,11 @@ class OnnxSource:
         self._names = {"encoder": encoder.name, "decoder": decoder.name}
         _check_interface(encoder, self._models["encoder"], inputs=1, outputs=None)
         _check_interface(decoder, self._models["decoder"], inputs=2, outputs=MAPS)
+        for model in self._models.values():
+            _complete(model)
         self.reference = "the ONNX files in ONNX Runtime, not optimised"
-        rows, cols = _image_input(self._models["encoder"]).shape[2:]
-        self.fixed_shape = (rows, cols) if isinstance(rows, int) and isinstance(cols, int) else None
+        height, width = _dims(_inputs(self._models["encoder"])[0])[2:]
+        self.fixed_shape = (height, width) if isinstance(height, int) and isinstance(width, int) else None
         self.info = ModelInfo(
             source=" and ".join(path.name.encode(errors="replace").decode() for path in (encoder, decoder)),
             checkpoint_sha256=_digest(self._models),
@@ -120,15 +125,27 @@ class OnnxSource:
         return dict(self._models)
 
     def run(self, pairs: Sequence[verify.SamplePair], report: Report) -> list[verify.Outputs]:
-        """Raises BadInput where the maps are not of the types and shapes that they should be; BackendFailed where the graphs fail."""
+        """As `Source.run`.
+
+        Raises:
+            BadInput: features or maps are not of the types and shapes that they should be, or are not what a file takes.
+            BackendFailed: the graphs fail.
+        """
         from smc.compiler.graph_files import import_graph
         from smc.compiler.graph_runner import GraphRunner
 
         encoder, decoder = (GraphRunner(import_graph(self._models[stage], self._names[stage])) for stage in STAGES)
+        (image,), tokens = (_inputs(self._models[stage]) for stage in STAGES)
         outputs = []
         for i, pair in enumerate(pairs):
             report(f"float32 reference, {pair.title}", i / len(pairs))
-            features = [next(iter(encoder.run({encoder.inputs[0]: view}).values())) for view in (pair.view1, pair.view2)]
+            features: list[NDArray[Any]] = []
+            for view, shape in zip((pair.view1, pair.view2), pair.shapes, strict=True):
+                _check_fits(self._names["encoder"], image, view, shape)
+                features += encoder.run({encoder.inputs[0]: view}).values()
+                _check_features(self._names["encoder"], features[-1], shape)
+            for tensor, values, shape in zip(tokens, features, pair.shapes, strict=True):
+                _check_fits(self._names["decoder"], tensor, values, shape)
             maps = decoder.run(dict(zip(decoder.inputs, features, strict=True)))
             for name in MAPS:
                 _check_map(self._names["decoder"], name, maps[name], pair.shapes[int(name[-1]) - 1])
@@ -140,6 +157,31 @@ class OnnxSource:
         self._models.clear()
 
 
+def _check_fits(file: str, taken: ir.Value, values: NDArray[Any], shape: tuple[int, int]) -> None:
+    """Raise BadInput where a file fixes its input to other sizes than those of the values of an image of `shape`."""
+    sizes = _dims(taken)
+    if len(sizes) != values.ndim or any(isinstance(size, int) and size != found for size, found in zip(sizes, values.shape, strict=True)):
+        from smc.compiler.stage_inputs import written
+
+        height, width = shape
+        raise BadInput(
+            f"{file}: its input {taken.name} takes {written(sizes)}, and for an image of {width}x{height} it is given {values.shape}",
+            fix="export both files with dynamic dimensions, or both for one image of one shape, and give that --shape",
+        )
+
+
+def _check_features(file: str, features: NDArray[Any], shape: tuple[int, int]) -> None:
+    from smc.compiler.stage_inputs import feature_sizes
+
+    layouts = [tuple(feature_sizes(rank, 1, shape)[:-1]) for rank in (4, 3)]
+    if features.dtype != np.float32 or features.shape[:-1] not in layouts:
+        height, width = shape
+        wanted = " or ".join(f"({', '.join(map(str, sizes))}, channels)" for sizes in layouts)
+        raise BadInput(
+            f"{file}: its features of an image of {width}x{height} are {features.dtype} {features.shape}; float32 {wanted} was expected"
+        )
+
+
 def _check_map(file: str, name: str, value: Any, shape: tuple[int, int]) -> None:
     channels = {"pts3d": (3,), "conf": (), "desc_conf": (), "desc": None}[name[:-1]]
     fits = value.shape[1:] == (*shape, *channels) if channels is not None else value.ndim == 4 and value.shape[1:3] == shape
@@ -149,13 +191,44 @@ def _check_map(file: str, name: str, value: Any, shape: tuple[int, int]) -> None
         raise BadInput(f"{file}: its output {name} is {value.dtype} {value.shape}; float32 {wanted} was expected")
 
 
-def _image_input(encoder: ir.Model) -> Any:
-    return next(value for value in encoder.graph.inputs if value.name not in encoder.graph.initializers)
+def _inputs(model: ir.Model) -> list[ir.Value]:
+    """What a graph takes; older files list its weights among its inputs."""
+    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+
+
+def _dims(value: ir.Value) -> list[Dim]:
+    """The dimensions of a graph's input: none where it states no shape."""
+    return [size if isinstance(size, int) else size.value for size in value.shape or ()]
+
+
+def _complete(model: ir.Model) -> None:
+    """Add what a checked graph leaves open about its inputs, and take away what it says of its outputs where that may not be so.
+
+    Dimensions without a name get one by their place, and an image has three channels. What depends on dynamic dimensions is inferred:
+    torch's older exporter states the shapes that the example's outputs had, unless `dynamic_axes` lists these as well.
+    """
+    import onnx_ir as ir
+
+    from smc.passes.tensors import is_made_up
+
+    inputs = _inputs(model)
+    for view, value in enumerate(inputs, 1):
+        sizes = _dims(value)
+        if len(inputs) == 1:
+            names = ["batch", "channels", "height", "width"]
+            sizes[1] = 3
+        else:
+            names = ["batch", *([f"rows{view}", f"cols{view}"] if len(sizes) == 4 else [f"tokens{view}"]), "channels"]
+        value.shape = ir.Shape([name if is_made_up(size or None) else size for size, name in zip(sizes, names, strict=True)])
+    if any(not isinstance(size, int) for value in inputs for size in _dims(value)):
+        for value in model.graph.outputs:
+            value.shape = None
 
 
 def _check_interface(path: Path, model: ir.Model, inputs: int, outputs: tuple[str, ...] | None) -> None:
-    weights = model.graph.initializers.keys()
-    taken = [value for value in model.graph.inputs if value.name not in weights]
+    from smc.compiler.stage_inputs import written
+
+    taken = _inputs(model)
     if len(taken) != inputs:
         names = ", ".join(str(value.name) for value in taken)
         wanted = "one image" if inputs == 1 else "the features of two images"
@@ -163,12 +236,16 @@ def _check_interface(path: Path, model: ir.Model, inputs: int, outputs: tuple[st
     for value in taken:
         if str(value.dtype) != "FLOAT":
             raise BadInput(f"{path}: its input {value.name} is {value.dtype}, float32 was expected")
-    if inputs == 1:
-        shape: list[Any] = list(taken[0].shape) if taken[0].shape is not None else []
-        if len(shape) != 4 or (isinstance(shape[1], int) and shape[1] != 3):
-            raise BadInput(f"{path}: its input {taken[0].name} has the shape {shape}, (batch, 3, height, width) was expected")
-        if any(isinstance(size, int) and size % PATCH for size in shape[2:]):
-            raise BadInput(f"{path}: its input is {shape[3]}x{shape[2]}, multiples of {PATCH} were expected")
+        sizes = _dims(value)
+        if inputs == 1:
+            fits, layouts = len(sizes) == 4 and (sizes[1] == 3 or not isinstance(sizes[1], int)), "(batch, 3, height, width)"
+        else:
+            fits, layouts = len(sizes) in (3, 4), "(batch, rows, cols, channels) or (batch, rows * cols, channels)"
+        if not fits:
+            stated = "no shape" if value.shape is None else f"the shape {written(sizes)}"
+            raise BadInput(f"{path}: its input {value.name} has {stated}, {layouts} was expected")
+        if inputs == 1 and any(isinstance(size, int) and size % PATCH for size in sizes[2:]):
+            raise BadInput(f"{path}: its input is {sizes[3]}x{sizes[2]}, multiples of {PATCH} were expected")
     made = [str(value.name) for value in model.graph.outputs]
     if outputs is None and len(made) != 1:
         raise BadInput(f"{path}: it returns {len(made)} outputs ({', '.join(made)}), the features alone were expected")
@@ -185,5 +262,5 @@ def _digest(models: dict[str, ir.Model]) -> str:
         digest.update(ir.to_proto(model).SerializeToString(deterministic=True))
         for value in model.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):  # the others are in the graph
-                digest.update(value.const_value.numpy().data)
+                digest.update(value.const_value.numpy().reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
     return digest.hexdigest()

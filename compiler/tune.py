@@ -15,6 +15,7 @@ import msgspec
 
 from smc.compiler.backends import cuda
 from smc.compiler.backends.plan_job import PlanJob
+from smc.compiler.bundle_writer import disk_errors
 from smc.compiler.kernel_cache import KernelCache
 from smc.compiler.launch_timing import Candidate, Operand, best, time_job, write_job
 from smc.compiler.lowering.context import Call
@@ -54,11 +55,14 @@ def prepare(bundle: Path, directory: Path, cache: Path, report: Report = lambda 
 
     Raises:
         UsageError: the bundle is of another backend.
-        BundleDamaged, InputMissing, OSError: files cannot be read or written.
+        BundleDamaged, InputMissing: files cannot be read.
+        CannotWrite, DiskError: the directory cannot be made or written.
     """
     manifest = open_bundle(bundle).manifest
     if manifest.backend.name != cuda.NAME:
         raise UsageError(f"{bundle} is a {manifest.backend.name} plan, which has nothing to tune", fix="build one with --backend cuda")
+    with disk_errors(directory, "--prepare"):
+        directory.mkdir(parents=True, exist_ok=True)
     target = find_target(manifest.target.gpu)
     sm = target.sm_number
     job = PlanJob(
@@ -71,8 +75,10 @@ def prepare(bundle: Path, directory: Path, cache: Path, report: Report = lambda 
     )
     operations: dict[str, tuple[Any, dict[str, Operand]]] = {}
     # The smallest and the largest batch; those between are similar to one of them.
-    extremes = {1, job.max_batch}
-    kinds = [kind for kind in cuda.program_kinds(job) if kind[2] in (extremes if kind[0] == "decoder" else {2 * n for n in extremes})]
+    pairs = {1, job.max_batch}
+    kinds = list(cuda.program_kinds(job))
+    images = {2 * count for count in pairs} & {batch for stage, _, batch in kinds if stage == "encoder"} or {1}  # encoders may take but one
+    kinds = [kind for kind in kinds if kind[2] in (pairs if kind[0] == "decoder" else images)]
     for done, kind in enumerate(kinds):
         report(f"operations of the {kind[0]}", 0.2 * done / len(kinds))
         lowered = lower(cuda.fixed_graph(job, *kind))
@@ -83,8 +89,9 @@ def prepare(bundle: Path, directory: Path, cache: Path, report: Report = lambda 
             operations.setdefault(describe(operation), (operation, _matching_operands(operation)))
     report(f"compiling the candidates of {len(operations)} operations", 0.2)
     candidates = [candidate for operation, operands in operations.values() for candidate in _candidates(operation, operands, sm)]
-    declined = write_job(candidates, sm, directory, KernelCache(cache / "kernels"))
-    (directory / _ABOUT).write_bytes(msgspec.json.encode(_About(target.name, sm, compiler_version())))
+    with disk_errors(directory, "--prepare"):
+        declined = write_job(candidates, sm, directory, KernelCache(cache / "kernels"))
+        (directory / _ABOUT).write_bytes(msgspec.json.encode(_About(target.name, sm, compiler_version())))
     return len(candidates) - len(declined)
 
 
@@ -164,7 +171,8 @@ def _candidates(operation: Any, operands: Mapping[str, Operand], sm: int) -> Ite
             launched = launches(operation, tile, sm)
         except ValueError:
             continue  # a tile that does not go with this operation
-        yield Candidate(describe(operation), _name(tile), launched, {**operands, **extra})
+        if launched:  # nothing is, for what is empty
+            yield Candidate(describe(operation), _name(tile), launched, {**operands, **extra})
 
 
 def _name(tile: Any) -> str:

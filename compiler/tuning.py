@@ -1,7 +1,7 @@
 """Which tile each operation takes: what was timed on the GPU, or on this GPU for the most similar size, or else a rule.
 
-A tuning file is JSON: {"gpu", "sm", "when", "with", "tiles": {operation: {"tile": {..}, "microseconds": ..}}}. Those of this project lie in
-`compiler/tuned/`, one for each GPU that was at hand; `smc tune` makes them.
+A tuning file is JSON: {"gpu", "sm", "when", "made_with", "tiles": {operation: {"tile": {..}, "microseconds": ..}}}. Those of this
+project lie in `compiler/tuned/`, one for each GPU that was at hand; `smc tune` makes them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import math
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,9 @@ _OF_PLACES = ("dtype", "strides")
 
 _SIMILAR = 4.0
 """How much larger or smaller an operation may be than one that was timed, to take its tile."""
+
+_LARGEST = 1 << 200
+"""More than any operation's sizes multiply to: they are a handful of 32-bit integers."""
 
 
 class Tuned(msgspec.Struct):
@@ -87,9 +89,18 @@ class Tuning:
     """What is known of one GPU."""
 
     def __init__(self, sm: int, file: TuningFile | None = None) -> None:
-        """`sm` is 90 for 9.0; a file for another compute capability is no use."""
+        """`sm` is 90 for 9.0; a file for another compute capability is no use.
+
+        Raises BadInput: the file has a tile, or an operation, that is impossible.
+        """
         self.sm = sm
         self._file = file if file is not None and file.sm == sm else None
+        self._tiles: dict[str, Any] = {}
+        self._sizes: dict[str, dict[str, int]] = {}  # of an operation without sizes: each that was timed, and the product of its sizes
+        for key, tuned in (self._file.tiles if self._file else {}).items():
+            self._tiles[key] = _made(key.partition(" ")[0], tuned)
+            kind, size = _split_timed(key)
+            self._sizes.setdefault(kind, {})[key] = size
 
     @property
     def digest(self) -> str:
@@ -99,33 +110,24 @@ class Tuning:
     def tile(self, operation: Any) -> Any:
         """The tile to use for an operation."""
         key = describe(operation)
-        if self._file is None:
-            return default_tile(operation, self.sm)
-        found = self._file.tiles.get(key) or self._similar(key) or self._similar(key, any_types=True)
-        return default_tile(operation, self.sm) if found is None else _made(type(operation).__name__, found)
+        found = self._tiles.get(key) or self._similar(key) or self._similar(key, any_types=True)
+        return found or default_tile(operation, self.sm)
 
-    def _similar(self, key: str, any_types: bool = False) -> Tuned | None:
-        """The timed operation that differs in nothing but sizes of the image or the batch, the nearest in amount of work.
+    def _similar(self, key: str, any_types: bool = False) -> Any:
+        """The tile of the timed operation that differs in nothing but sizes of the image or the batch, the nearest in amount of work,
+        or None.
 
         `any_types`: it may also differ in the types of bias, residual and result.
         """
         reduced = _without_types if any_types else str
-        kind, sizes = _split(key)
+        kind, size = _split(key)
         nearest, best = None, math.log(_SIMILAR)
-        alike = [timed for other, group in self._split_keys.items() if reduced(other) == reduced(kind) for timed in group]
-        for timed, theirs in alike:
-            distance = abs(math.log(math.prod(sizes) / math.prod(theirs)))
+        alike = [timed for other, group in self._sizes.items() if reduced(other) == reduced(kind) for timed in group.items()]
+        for timed, theirs in alike if size else ():  # nothing is similar to what is empty
+            distance = abs(math.log(size / theirs))
             if distance <= best:
-                nearest, best = self._file.tiles[timed] if self._file else None, distance
+                nearest, best = self._tiles[timed], distance
         return nearest
-
-    @cached_property
-    def _split_keys(self) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-        found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-        for key in self._file.tiles if self._file else ():
-            kind, sizes = _split(key)
-            found.setdefault(kind, []).append((key, sizes))
-        return found
 
 
 _SIZES = re.compile(
@@ -133,10 +135,21 @@ _SIZES = re.compile(
 )
 
 
-def _split(key: str) -> tuple[str, tuple[int, ...]]:
+def _split(key: str) -> tuple[str, int]:
     """An operation without the sizes that an image or batch gives it, and the product of these sizes."""
-    sizes = [int(number) for match in _SIZES.finditer(key) for number in re.findall(r"\d+", match[0].partition("=")[2])]
-    return _SIZES.sub("", key), tuple(sizes) or (1,)
+    numbers = [number for match in _SIZES.finditer(key) for number in re.findall(r"\d+", match[0].partition("=")[2])]
+    return _SIZES.sub("", key), math.prod(int(number) for number in numbers)
+
+
+def _split_timed(key: str) -> tuple[str, int]:
+    """`_split` of what a tuning file has. Raises BadInput."""
+    try:
+        kind, size = _split(key)
+        if not 0 < size < _LARGEST:
+            raise ValueError("a size of 0, or far too large")
+    except ValueError as error:  # Python's own, of numbers of thousands of digits
+        raise BadInput(f"the tuning file has an impossible operation, {key[:200]} ({error})", fix="smc tune makes one") from error
+    return kind, size
 
 
 _EPILOGUE_TYPE = re.compile(r"(?<= bias)=\w+|(?<= residual)=\w+| out_dtype=\w+")
@@ -155,8 +168,13 @@ def tile_fields(tile: Any) -> dict[str, Any]:
 def _made(name: str, tuned: Tuned) -> Any:
     fields = dict(tuned.tile)
     try:
-        return msgspec.convert(fields, tile_type(name, str(fields.pop("kind", "Tile"))))
-    except (KeyError, msgspec.ValidationError) as error:
+        tile: Any = msgspec.convert(fields, tile_type(name, str(fields.pop("kind", "Tile"))))
+        for field in dataclasses.fields(tile):
+            number = getattr(tile, field.name)
+            if type(number) is int and number < 1 and number != field.default:  # by default, 0 stands for none
+                raise ValueError(f"{field.name} is {number}")
+        return tile
+    except (KeyError, ValueError) as error:  # msgspec's are ValueErrors
         raise BadInput(f"the tuning file has no tile of {name} in {tuned.tile} ({error})", fix="smc tune makes one") from error
 
 

@@ -184,8 +184,11 @@ def verify_bundle(bundle: Bundle, report: Report, images: tuple[ImageSource, Ima
             subject, engine = "graph", _graph_engine(bundle)
 
     if manifest.recorded is None:
+        from smc.exported.engines.onnxruntime import OnnxRuntimeEngine
+
         reference = "float32 graph in ONNX Runtime, not optimised"
-        references = _run_float32_graph(bundle, pairs, report)
+        report("loading the float32 graph")
+        references = _run_all(OnnxRuntimeEngine(bundle.files, manifest.graphs, optimize=False), "float32 graph", pairs, report)
     elif images is None:
         reference = manifest.verification.reference
         references = load_outputs(bundle.files[manifest.recorded])
@@ -195,24 +198,18 @@ def verify_bundle(bundle: Bundle, report: Report, images: tuple[ImageSource, Ima
             )
     else:
         reference = f"the {manifest.precision} graph in ONNX Runtime, not optimised"
-        oracle = _graph_engine(bundle)
-        references = [run_engine(oracle, pair) for pair in pairs]
-        del oracle  # so that the two engines are never in memory together
+        references = _run_all(_graph_engine(bundle), f"{manifest.precision} graph", pairs, report)
     if engine is None:
         report("loading the plan")
         engine = load_engine(bundle)
     return compare_engine(engine, subject, reference, pairs, references, manifest.verification.tolerance, report)
 
 
-def _run_float32_graph(bundle: Bundle, pairs: Sequence[SamplePair], report: Report) -> list[Outputs]:
-    from smc.exported.engines.onnxruntime import OnnxRuntimeEngine
-
-    report("loading the float32 graph")
-    oracle = OnnxRuntimeEngine(bundle.files, bundle.manifest.graphs, optimize=False)
+def _run_all(engine: Engine, title: str, pairs: Sequence[SamplePair], report: Report) -> list[Outputs]:
     references = []
     for pair in pairs:
-        report(f"float32 graph, {pair.title}")
-        references.append(run_engine(oracle, pair))
+        report(f"{title}, {pair.title}")
+        references.append(run_engine(engine, pair))
     return references
 
 

@@ -7,16 +7,19 @@ import hashlib
 import mmap
 import os
 import stat
+from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from smc.exported.errors import BundleDamaged, DiskError, InputMissing, OutOfMemory
 from smc.exported.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileInfo, Manifest, decode_manifest
+from smc.exported.threads import in_thread
 
 CHUNK = 8 << 20
+READERS = 4
 
 T = TypeVar("T")
 
@@ -82,6 +85,8 @@ def _open_directory(path: Path) -> int:
         raise InputMissing(f"{path}: a bundle is a directory, this is a file") from error
     except OSError as error:
         raise InputMissing(f"{path}: {error.strerror}", fix="build a bundle: smc build --gpu cpu --checkpoint FILE --out DIR") from error
+    except ValueError as error:
+        raise InputMissing(f"{str(path)!r} cannot be a directory's name: {error}") from error
 
 
 def _was_replaced(path: Path, directory: int) -> bool:
@@ -113,9 +118,24 @@ def _read_plan(path: Path, directory: int) -> Bundle:
 
 
 def _read_files(path: Path, directory: int, files: Mapping[str, FileInfo]) -> dict[str, memoryview]:
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        contents = pool.map(lambda item: _read_verified(path, directory, *item), files.items())
-        return dict(zip(files, contents, strict=True))
+    """Read files by several threads at once, each taking the next that none has begun."""
+    unread = iter(files.items())
+
+    def read() -> dict[str, memoryview]:
+        return {name: _read_verified(path, directory, name, info) for name, info in unread}
+
+    readers: list[Future[dict[str, memoryview]]] = []
+    try:
+        for _ in range(READERS):
+            readers.append(in_thread(read))
+        wait(readers, return_when=FIRST_EXCEPTION)
+    finally:
+        deque(unread, maxlen=0)  # after a failure no further file is begun,
+        wait(readers)  # and none is being read when the caller closes the directory
+    contents: dict[str, memoryview] = {}
+    while readers:
+        contents |= readers.pop(0).result()  # not kept: its error and this frame would hold one another, and with them what was read
+    return contents
 
 
 def _read_manifest(path: Path, directory: int) -> Manifest:

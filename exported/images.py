@@ -8,15 +8,17 @@ are stored, as COLMAP and hloc do.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from smc.exported.errors import BadImage, BadInput, InputMissing, SmcError, UsageError
 from smc.exported.resampling import Filter
@@ -41,8 +43,15 @@ UPRIGHT = {
 }
 """What turns an image of an EXIF orientation upright."""
 
+AS_STORED = {**UPRIGHT, 6: UPRIGHT[8], 8: UPRIGHT[6]}
+"""What turns it back."""
+
 VECTOR_FORMATS = ("EPS", "WMF")
 """What Pillow hands to another program, Ghostscript or Windows, which is not done with files of unknown origin."""
+
+_LOADING = threading.Lock()
+"""Held while an image that a caller opened is loaded. Pillow reads the file when the pixels or the EXIF data are first asked for,
+several threads may ask for one image, and several images may share one file."""
 
 Geometry = tuple[tuple[int, int], tuple[int, int, int, int]]
 """A resize and a crop: (new width, new height), then the crop box (left, top, right, bottom) in the resized image."""
@@ -118,7 +127,11 @@ def open_image(source: ImageSource, exif: ExifChoice = "apply") -> Image.Image:
         source: a path; a PIL image; or an array, uint8 or uint16, (H, W) grey, (H, W, 3) RGB or (H, W, 4) with alpha.
         exif: "apply" turns the image upright by its EXIF orientation; "ignore" does not.
 
-    Grey, palette and CMYK images are converted, 16-bit values are scaled, alpha is dropped.
+    Grey, palette and CMYK images are converted, 16-bit values are scaled, alpha is dropped. PIL images may be used by several threads at
+    once; those not loaded yet are decoded one after the other.
+
+    Pillow turns a TIFF upright when it loads it, and forgets how it was stored: a PIL image of a TIFF that has been loaded before is taken
+    as it is, upright, for "ignore" too. Give the path instead.
 
     Raises:
         InputMissing: the file is absent or unreadable.
@@ -130,7 +143,11 @@ def open_image(source: ImageSource, exif: ExifChoice = "apply") -> Image.Image:
         return Image.fromarray(_from_array(source))
     if isinstance(source, Image.Image):
         with _decoding("image"):
-            return _to_rgb(source, "image", exif)
+            with _LOADING:
+                # What would be turned for good is opened once more: the next call has to find the caller's image as this one does.
+                image = _open_again(source) if _turns_when_loaded(source) else source
+                turn = _load(image, "image", exif)
+            return _to_rgb(image, "image", turn)
     path = Path(source)
     try:
         file = path.open("rb")
@@ -145,7 +162,8 @@ def open_image(source: ImageSource, exif: ExifChoice = "apply") -> Image.Image:
             size = os.fstat(file.fileno()).st_size
             raise BadImage(f"{path}: not an image that Pillow can read ({size:,} bytes)") from error
         with image:
-            return _to_rgb(image, str(path), exif)
+            turn = _load(image, str(path), exif)
+            return _to_rgb(image, str(path), turn)
 
 
 @contextmanager
@@ -161,15 +179,40 @@ def _decoding(name: str) -> Iterator[None]:
         raise BadImage(f"{name}: damaged, or of a kind that cannot be converted ({type(error).__name__}: {error})") from error
 
 
-def _to_rgb(image: Image.Image, name: str, exif: ExifChoice) -> Image.Image:
+def _turns_when_loaded(image: Image.Image) -> TypeGuard[TiffImageFile]:
+    """Whether Pillow will turn the image upright when it loads it, and drop its orientation."""
+    return isinstance(image, TiffImageFile) and bool(image.tile) and _orientation(image) in UPRIGHT
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _open_again(image: TiffImageFile) -> Image.Image:
+    """The same frame of the same file, as an image of its own."""
+    assert image.fp is not None  # as long as the image is not loaded
+    again = Image.open(image.fp)
+    again.seek(image.tell())
+    return again
+
+
+def _load(image: Image.Image, name: str, exif: ExifChoice) -> Image.Transpose | None:
+    """Read an image's pixels. What is returned turns them into the frame that `exif` names."""
     _check_size(name, *image.size)
     if image.format in VECTOR_FORMATS:
         raise BadImage(f"{name}: {image.format} is a drawing, not an image of pixels", fix="convert it to PNG first")
+    if _turns_when_loaded(image):
+        orientation = _orientation(image)
+        image.load()
+        return AS_STORED[orientation] if exif == "ignore" else None
     image.load()
-    if exif == "apply":
-        # Not ImageOps.exif_transpose: that also packs the other EXIF tags anew, and fails on photographs where they are odd.
-        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        image = image if method is None else image.transpose(method)
+    # Not ImageOps.exif_transpose: that also packs the other EXIF tags anew, and fails on photographs where they are odd.
+    return UPRIGHT.get(_orientation(image)) if exif == "apply" else None
+
+
+def _to_rgb(image: Image.Image, name: str, turn: Image.Transpose | None) -> Image.Image:
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "F":
         raise BadImage(f"{name}: floating-point pixels have no defined white", fix="save it with 8 or 16 bits a channel")
     if image.mode.startswith("I"):
@@ -222,10 +265,9 @@ def trained_geometry(width: int, height: int, size: int) -> Geometry:
     geometry = _original_geometry(width, height, size)
     (new_width, new_height), (left, top, right, bottom) = geometry
     if left == right or top == bottom or new_width * new_height > MAX_PIXELS:
-        raise BadImage(
-            f"aspect ratio of {width}x{height} is too extreme for an input of {size} pixels",
-            fix="crop it to an aspect ratio of at most 32:1",
-        )
+        # The largest whole ratio that is taken: the short side, which the resize rounds, has to become a patch at least.
+        most = MAX_PIXELS // size**2 if size == 224 else int(size / (PATCH - 0.5))
+        raise BadImage(f"aspect ratio of {width}x{height} is too extreme", fix=f"crop it to an aspect ratio of at most {most}:1")
     return geometry
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from smc.exported.bundle import open_bundle
 from smc.exported.engines import DeviceEngine, Engine, MatchingEngine, MatchRequest, PairMatches, load_engine
@@ -105,13 +106,15 @@ class Matcher:
             border: drop matches closer than this to the edge of the network's input, in network pixels; the original's demos use 3.
             min_confidence: drop matches below this confidence.
             points3d: also return the 3D points.
-            exif: "apply" or "ignore" the EXIF orientation; it names the frame of the keypoints.
+            exif: "apply" or "ignore" the EXIF orientation; it names the frame of the keypoints. A PIL image of a TIFF that has been
+                loaded before is upright for both: Pillow forgets how it was stored.
 
         Raises:
             InputMissing, BadImage: an image cannot be read.
-            BadInput, UsageError: an option is out of range.
+            BadInput: the network gave descriptors that are not finite.
+            UsageError: an option is out of range.
         """
-        _check_options(pixel_tol, both_ways, border)  # before the encoder runs
+        _check_options(subsample, pixel_tol, both_ways, border, min_confidence)
         request = MatchRequest(subsample, pixel_tol, both_ways, points3d)
         framings: tuple[Framing, Framing]
         if isinstance(self._engine, MatchingEngine):
@@ -150,8 +153,13 @@ class Matcher:
         min_confidence: float = 0,
         points3d: bool = False,
     ) -> Matches:
-        """Match two encoded images. Arguments as for `match`."""
-        _check_options(pixel_tol, both_ways, border)
+        """Match two encoded images. Arguments as for `match`.
+
+        Raises:
+            BadInput: another bundle encoded them, they are in different frames, or the descriptors are not finite.
+            UsageError: an option is out of range.
+        """
+        _check_options(subsample, pixel_tol, both_ways, border, min_confidence)
         if not features0.build_key == features1.build_key == self.manifest.build_key:
             raise BadInput("these features were encoded by another bundle", fix="encode the images with this matcher")
         if features0.framing.exif != features1.framing.exif:
@@ -201,11 +209,13 @@ class Matcher:
     def _load_both(self, load: Callable[..., Loaded], image0: ImageSource, image1: ImageSource, exif: ExifChoice) -> tuple[Loaded, Loaded]:
         """Two images at once: decoding and resizing, which Pillow does without Python's lock, take longer than a fast GPU's network."""
         shapes = self.manifest.input_shapes
-        # Two of Pillow's images may read from one file when they are first used, which is no work for two threads.
-        if (isinstance(image0, Image.Image) and isinstance(image1, Image.Image)) or self._is_loaded(image0) or self._is_loaded(image1):
+        if self._is_loaded(image0) or self._is_loaded(image1):
             return load(image0, shapes, exif), load(image1, shapes, exif)
         loading = in_thread(lambda: load(image1, shapes, exif))
-        return load(image0, shapes, exif), loading.result()
+        try:
+            return load(image0, shapes, exif), loading.result()
+        finally:
+            wait([loading])  # also where the first failed: the second is the caller's again
 
     def _is_loaded(self, image: ImageSource) -> bool:
         """Whether nothing long is to be done for an image on the host, for which a thread would not be worth its start."""
@@ -269,11 +279,17 @@ def _in_images(found: PairMatches, framing0: Framing, framing1: Framing, border:
     )
 
 
-def _check_options(pixel_tol: float, both_ways: bool, border: int) -> None:
+def _check_options(subsample: int, pixel_tol: float, both_ways: bool, border: int, min_confidence: float) -> None:
+    """Raise UsageError for an option that is out of range, before the network runs."""
+    if not isinstance(subsample, int | np.integer) or not 1 <= subsample < 1 << 31:
+        raise UsageError(f"subsample must be a whole number, 1 or more and of 31 bits, found {subsample!r}")
+    for name, value in (("pixel_tol", pixel_tol), ("border", border)):
+        if not value >= 0:
+            raise UsageError(f"{name} must be 0 or more, found {value}")
     if both_ways and pixel_tol > 0:
         raise UsageError("both_ways follows walks until they close, pixel_tol keeps starting points: choose one")
-    if border < 0:
-        raise UsageError(f"border must be 0 or more, found {border}")
+    if math.isnan(min_confidence):
+        raise UsageError("min_confidence must be a number, found nan")
 
 
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Matcher:

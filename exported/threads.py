@@ -18,15 +18,16 @@ def in_thread(work: Callable[[], Result]) -> Future[Result]:
     the work is done at once.
     """
     future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # the caller's to handle, as if it had done the work
-            future.set_exception(error)
-
     try:
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=_run, args=(work, future), daemon=True).start()
     except RuntimeError:
-        run()
+        _run(work, future)
     return future
+
+
+def _run(work: Callable[[], Result], future: Future[Result]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # the caller's to handle, as if it had done the work
+        future.set_exception(error)
+        del future  # or it, the error and this frame would hold one another, and with them all that the work had in hand

@@ -1,9 +1,9 @@
-"""What every pass is, what it reports, and running a list of them."""
+"""What every pass is, and what it reports."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -77,20 +77,6 @@ class Pass(ABC):
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
         report.nodes_after = len(graph.nodes)
         return report
-
-
-def run_passes(graph: gs.Graph, passes: Sequence[Pass], dump: Callable[[int, Pass, gs.Graph], None] | None = None) -> list[PassReport]:
-    """Apply passes in order to `graph`, in place.
-
-    `dump` is called after every pass with its number, counted from 1, the pass and the graph as it is then.
-    Returns one report for each pass.
-    """
-    reports = []
-    for number, apply in enumerate(passes, 1):
-        reports.append(apply(graph))
-        if dump is not None:
-            dump(number, apply, graph)
-    return reports
 
 
 def label(node: gs.Node) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from smc.passes.tensors import OPSET, Array, Dim, constant_value, dims, is_made_
 
 OLDEST_OPSET = 17
 _LARGE = 1024  # bytes; shape arithmetic, whose values inference needs, stays far below
+
+_ONNX_ERRORS = (onnx.checker.ValidationError, shape_inference.InferenceError, version_converter.ConvertError)
 
 # It warns of every bfloat16 constant, on standard output; the passes handle those.
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -44,14 +47,14 @@ def prepare(model: onnx.ModelProto, weights: Mapping[str, Array] | None = None) 
         if weight.data_location == onnx.TensorProto.EXTERNAL:
             raise GraphRefused(f"the values of {weight.name} are in another file and were not loaded")
     light = _without_weights(model)
-    try:
+    with _refused("the graph's functions could not be inlined"):
         if light.functions:
             light = inliner.inline_local_functions(light)
+    with _refused(f"the graph of opset {opset} could not be raised to opset {OPSET}"):
         if opset < OPSET:
             light = _raised(light)
+    with _refused("the shapes of the graph's tensors could not be inferred"):
         graph = _infer_shapes(light)
-    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:  # RuntimeError: what onnx's C++ raises
-        raise GraphRefused(f"the graph of opset {opset} could not be raised to opset {OPSET}: {error}") from error
     values: dict[str, Any] = {weight.name: LazyValues(weight) for weight in model.graph.initializer if _is_large(weight)}
     values |= weights or {}
     for tensor in graph.inputs:
@@ -60,6 +63,15 @@ def prepare(model: onnx.ModelProto, weights: Mapping[str, Array] | None = None) 
     graph.inputs = [tensor for tensor in graph.inputs if isinstance(tensor, gs.Variable)]
     # Nodes that nothing reads would count as readers.
     return graph.cleanup(remove_unused_graph_inputs=False).toposort()
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Turn what onnx makes of a graph that it cannot work on into GraphRefused."""
+    try:
+        yield
+    except (RuntimeError, ValueError, *_ONNX_ERRORS) as error:  # RuntimeError: what else onnx's C++ raises
+        raise GraphRefused(f"{what}: {error}") from error
 
 
 def infer_shapes(graph: gs.Graph) -> None:

@@ -6,6 +6,8 @@
 Importing this package brings in the runtime alone: never torch, onnx or the compiler.
 """
 
+import os
+
 from smc.exported.errors import (
     AccuracyFailed,
     BackendFailed,
@@ -26,6 +28,9 @@ from smc.exported.errors import (
 from smc.exported.images import load_image
 from smc.exported.matcher import Features, Matcher, Matches, load
 from smc.exported.matching import fast_reciprocal_nn
+
+# ONNX Runtime, which is imported later, reports its use to Microsoft unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "AccuracyFailed",

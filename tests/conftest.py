@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,10 @@ os.environ.setdefault("NO_COLOR", "1")  # plain command-line output, whatever th
 
 TINY_SHAPES = ((96, 128), (128, 96), (80, 112))
 """(H, W) shapes of the tiny bundle: those of the conformance cases."""
+
+
+LARGE_BYTES = 4 * 10**9
+"""Disk that a test of the public model needs."""
 
 
 @pytest.fixture(scope="session")
@@ -72,10 +77,15 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {}
     if not has_gpu():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="this machine has no NVIDIA GPU"))
+        missing["gpu"] = "this machine has no NVIDIA GPU"
+    if (free := shutil.disk_usage(tempfile.gettempdir()).free) < LARGE_BYTES:
+        missing["large"] = f"needs {LARGE_BYTES / 1e9:.0f} GB in {tempfile.gettempdir()}, which has {free / 1e9:.1f}; TMPDIR names another"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def has_gpu() -> bool:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smc.compiler.backends.plan_job import PlanJob, Precision
+from smc.compiler.packages import OLDEST_TRITON, is_old_triton
 from smc.compiler.targets import Target
 from smc.exported.engines.cuda_program import KERNELS, PLAN, WEIGHTS, Plan, Program, Resize, encode_plan
 from smc.exported.errors import BackendFailed, BadInput, NoTarget
-from smc.exported.images import PATCH
 
 if TYPE_CHECKING:  # a plain installation, which only lists backends, has none of what is imported where it is used
     import onnx_graphsurgeon as gs
@@ -25,7 +24,6 @@ if TYPE_CHECKING:  # a plain installation, which only lists backends, has none o
     from smc.compiler.launch_program import KernelTable
     from smc.compiler.tuning import Tuning
     from smc.passes.base import Pass
-    from smc.passes.tensors import Dim
 
 NAME = "cuda"
 
@@ -44,6 +42,8 @@ def refusal(target: Target) -> str:
         return f"sm {target.sm} is older than {_OLDEST}, the oldest that its kernels are for"
     if importlib.util.find_spec("triton") is None:
         return "Triton, which compiles its kernels, is not installed"
+    if is_old_triton(version()):
+        return f"Triton {version()} is too old to compile its kernels, which takes {'.'.join(map(str, OLDEST_TRITON))}"
     return ""
 
 
@@ -57,9 +57,7 @@ def version() -> str:
 
 
 def ingredients(target: Target, tuning: Path | None) -> Sequence[str]:
-    from smc.plugins.compile import kernel_sources
-
-    return kernel_sources(), _tuning(target, tuning).digest
+    return (_tuning(target, tuning).digest,)
 
 
 def runs_here(target: Target) -> bool:
@@ -76,7 +74,7 @@ def write_plan(job: PlanJob) -> dict[str, str]:
 
     Raises:
         BadInput: a graph holds what no kernel does.
-        BackendFailed: a kernel does not compile.
+        BackendFailed: a kernel does not compile, or a process that compiled them was killed.
         OSError: a file cannot be written.
     """
     from smc.compiler.kernel_cache import KernelCache
@@ -121,7 +119,7 @@ def _resize(table: KernelTable) -> Resize:
 
 
 def _tuning(target: Target, file: Path | None) -> Tuning:
-    """A tuning file's, or what the project knows of the GPU. Raises BadInput: the file cannot be read, or is for another GPU."""
+    """A tuning file's, or what the project knows of the GPU. Raises BadInput: the file cannot be used, or is for another GPU."""
     from smc.compiler.tuning import Tuning, read_tuning, shipped_tuning
 
     sm = target.sm_number
@@ -135,9 +133,15 @@ def _tuning(target: Target, file: Path | None) -> Tuning:
 
 def program_kinds(job: PlanJob) -> Iterator[tuple[str, tuple[Shape, ...], int]]:
     """The programs of a plan: stage, the shape of each input, and batch. Equal shapes first: they stack weights that others share."""
+    from smc.compiler.graph_files import read_onnx
+
     batches = sorted({1 << i for i in range(job.max_batch.bit_length())} | {job.max_batch})
+    (image,) = read_onnx(job.graphs["encoder"]).graph.inputs
+    assert image.shape is not None  # a build's graphs state those of their inputs
+    # An encoder of one image serves any number of pairs: the engine gives it one after the other.
+    images = {1} if image.shape[0] == 1 else {1, *(2 * batch for batch in batches)}
     for shape in job.shapes:
-        for batch in sorted({1, *(2 * batch for batch in batches)}):
+        for batch in sorted(images):
             yield "encoder", (shape,), batch
     pairs = sorted(itertools.product(job.shapes, repeat=2), key=lambda pair: pair[0] != pair[1])
     for pair in pairs:
@@ -146,8 +150,13 @@ def program_kinds(job: PlanJob) -> Iterator[tuple[str, tuple[Shape, ...], int]]:
 
 
 def fixed_graph(job: PlanJob, stage: str, shapes: Sequence[Shape], batch: int) -> gs.Graph:
-    """A stage's typed graph with every dimension static and, for two views of one shape, both as one stream."""
+    """A stage's typed graph with every dimension static and, for two views of one shape, both as one stream.
+
+    Raises:
+        BadInput: the graph does not take images of these shapes, or this batch.
+    """
     from smc.compiler.graph_files import import_graph, read_onnx
+    from smc.compiler.stage_inputs import dynamic_dims
     from smc.passes.batch_twins import BatchTwins
     from smc.passes.cancel_layout import CancelLayout
     from smc.passes.common_subexpressions import CommonSubexpressions
@@ -158,32 +167,9 @@ def fixed_graph(job: PlanJob, stage: str, shapes: Sequence[Shape], batch: int) -
     areas = {height * width for height, width in job.shapes}
     if stage == "decoder" and len(graph.inputs[0].shape) == 3 and len(areas) < len(job.shapes):
         raise BadInput("features without a grid, of input shapes of one area, cannot be told apart", fix="give one --shape of each area")
-    passes: list[Pass] = [FixShapes(_sizes(graph, stage, shapes, batch)), FoldConstants(), CancelLayout(), CommonSubexpressions()]
+    passes: list[Pass] = [FixShapes(dynamic_dims(graph, stage, shapes, batch)), FoldConstants(), CancelLayout(), CommonSubexpressions()]
     if stage == "decoder" and shapes[0] == shapes[1]:
         passes.append(BatchTwins())
     for step in passes:
         step(graph)
     return graph
-
-
-def _sizes(graph: gs.Graph, stage: str, shapes: Sequence[Shape], batch: int) -> dict[str, int]:
-    """The values of the dynamic dimensions of a graph's inputs. Raises BadInput: one name is to be two sizes."""
-    found: dict[str, int] = {}
-    for tensor, (height, width) in zip(graph.inputs, shapes, strict=True):
-        sizes = (height, width) if stage == "encoder" else (height // PATCH, width // PATCH)
-        for size, value in zip(tensor.shape, _input_shape(tensor, sizes, batch), strict=True):
-            if isinstance(size, str) and isinstance(value, int) and (match := re.fullmatch(r"(?:(\d+)\*)?(\w+)", size)):
-                count = value // int(match[1] or 1)
-                if found.setdefault(match[2], count) != count:
-                    raise BadInput(
-                        f"{tensor.name}: {match[2]} is {found[match[2]]} and {count}, since the inputs share it", fix="give one --shape"
-                    )
-    return found
-
-
-def _input_shape(tensor: gs.Tensor, sizes: Shape, batch: int) -> Sequence[Dim]:
-    rank = len(tensor.shape)
-    if rank == 3:  # tokens in a row, as some exporters leave them
-        return batch, sizes[0] * sizes[1], tensor.shape[2]
-    channels_first = tensor.shape[1] == 3
-    return (batch, 3, *sizes) if channels_first else (batch, *sizes, tensor.shape[3])

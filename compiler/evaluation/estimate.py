@@ -12,6 +12,9 @@ from smc.compiler.packages import require_packages
 ITERATIONS = 100_000
 """Samples that poselib draws at most unless told otherwise; it draws fewer where many matches agree."""
 
+LARGEST_SEED = 2**64 - 1
+"""That poselib takes."""
+
 FEWEST_POSE, FEWEST_HOMOGRAPHY = 5, 4
 """Matches that an estimate needs. With fewer, poselib returns the identity pose, or a homography of uninitialised memory."""
 

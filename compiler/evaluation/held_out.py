@@ -22,37 +22,40 @@ def held_out_scenes(path: Path, images: Path | None, device: str = "cpu") -> Pai
 
     Args:
         path: how many, as text; a set's first pairs are those of a smaller set.
-        images: the folder of held-out photographs to texture them with; None for textures of noise alone.
+        images: the folder `held-out` of `smc.compiler.scenes.photographs`, to texture them with; None for textures of noise alone.
         device: what renders them, "cpu" or "cuda". A kind of GPU has a set of its own, see `HeldOutPairs`.
 
     Raises:
         UsageError: `path` is no number.
         NoTarget: torch is not installed, or there is no such device.
         InputMissing: there are no photographs.
+        BadImage: one of them cannot be read.
     """
     if not str(path).isdecimal() or int(str(path)) == 0:
         raise UsageError(f"--data scenes:{path}: a number of pairs was expected, such as scenes:500")
     require_packages("rendering scenes", ("torch",) if device == "cpu" else ("torch", "triton"))
     import torch
 
+    from smc.compiler.scenes import photographs
     from smc.compiler.scenes.pairs import HeldOutPairs
 
     if device != "cpu" and not torch.cuda.is_available():
         raise NoTarget("torch finds no GPU to render scenes on", fix="render on the CPU, which takes hours for 500 pairs: --device cpu")
     count = int(str(path))
     where = "cpu" if device == "cpu" else torch.cuda.get_device_name()
-    photographs = sorted(images.iterdir()) if images is not None and images.is_dir() else []
+    pairs = HeldOutPairs(count, SEED, SHAPE, images, device=device)
+    files = [] if images is None else photographs.packed(images)
     state = hashlib.sha256(f"scenes {EDITION} {SEED} {SHAPE} {where}".encode())
-    for file in photographs:
+    for file in files:
         state.update(file.name.encode() + b"\0" + file.read_bytes())
     return PairSet(
         kind="scenes",
         task="pose",
         names=[f"scene{SEED}-{index:05d}" for index in range(count)],
-        load=InOrder(HeldOutPairs(count, SEED, SHAPE, images, device=device)).load,
+        load=InOrder(pairs).load,
         files=[],
         digest=state.hexdigest(),
-        origin=f"seed {SEED}, {SHAPE[1]}x{SHAPE[0]}, {len(photographs)} photographs, rendered on {where} by torch {torch.__version__}",
+        origin=f"seed {SEED}, {SHAPE[1]}x{SHAPE[0]}, {len(files)} photographs, rendered on {where} by torch {torch.__version__}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smc.compiler.packages import require_packages
+from smc.exported.errors import UsageError
 from smc.exported.matcher import Matcher
 
 RATIO = 0.8
@@ -52,9 +54,12 @@ class PairMatcher(Protocol):
 
 
 class BundleMatcher:
-    """A loaded bundle. `options`: keyword arguments of `Matcher.match_features`."""
+    """A loaded bundle. `options`: keyword arguments of `Matcher.match_features`; UsageError for one that is not finite."""
 
     def __init__(self, matcher: Matcher, **options: Any) -> None:
+        for name, value in options.items():
+            if not math.isfinite(value):  # JSON, which names the options in a file of results, has no such number
+                raise UsageError(f"{name} is {value}: a finite number was expected")
         self.matcher, self.options = matcher, options
         self._warned = False
 

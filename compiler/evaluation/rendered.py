@@ -1,6 +1,6 @@
 """Pairs with exact correspondence, kept in files: held-out scenes that are to be evaluated on more than once.
 
-    python -m smc.compiler.evaluation.rendered --pairs 500 --photographs DIR --device cuda --out FOLDER
+    python -m smc.compiler.evaluation.rendered --pairs 500 --photographs DIR/held-out --device cuda --out FOLDER
 
 renders them, and continues where it was interrupted; `--data rendered:FOLDER` evaluates on them. A file is a .npz of `image0`,
 `image1` uint8 (H, W, 3), `K0`, `K1` (3, 3), `T_0to1` (4, 4), and for the pixels of the first image `to1` float32 (H, W, 2), where
@@ -9,21 +9,22 @@ each is in the second, and `seen` bool (H, W), whether it is seen there. `set.js
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import click
 import numpy as np
 from numpy.typing import NDArray
 
 from smc.compiler.evaluation.arrays import read_arrays
 from smc.compiler.evaluation.held_out import held_out_scenes
 from smc.compiler.evaluation.pairs import Floats, ListedPair, PairSet, PosePair
-from smc.compiler.output_files import replacing
-from smc.exported.errors import BadInput, CannotWrite, InputMissing, SmcError, UsageError
+from smc.compiler.output_files import replacing, writing
+from smc.exported.errors import BadInput, InputMissing, UsageError
 
 JUMP = 4.0
 """Pixels by which the places of neighbours may differ for the surface between them to be whole."""
@@ -88,13 +89,15 @@ def render(count: int, photographs: Path | None, device: str, out: Path, report:
     """Render held-out scenes into files, but for those that are there. `report` is told how many there are.
 
     Raises:
-        UsageError: the folder holds pairs of another set, or of one that it does not name.
+        UsageError: `count` is less than 1, or the folder holds pairs of another set, or of one that it does not name.
         CannotWrite, DiskError: it cannot be written.
         InputMissing, BadInput: its record cannot be read.
         And what `held_out_scenes` raises.
     """
+    if count < 1:
+        raise UsageError(f"{count} pairs: at least 1 was expected")
     scenes = held_out_scenes(Path(str(count)), photographs, device)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         record = read_record(out)
         known = record.get("digest")
@@ -113,8 +116,6 @@ def render(count: int, photographs: Path | None, device: str, out: Path, report:
                 assert isinstance(pair, PosePair)
                 write_pair(out / f"{name}.npz", pair)
                 report(index + 1)
-    except OSError as error:
-        raise CannotWrite(f"{out}: {error.strerror or error}") from error
 
 
 def read_pair(path: Path) -> ListedPair:
@@ -179,24 +180,26 @@ def between_pixels(to1: Floats, seen: NDArray[np.bool_]) -> Callable[[Floats], t
     return warp
 
 
-@click.command()
-@click.option("--pairs", default=500, show_default=True, type=click.IntRange(1))
-@click.option("--photographs", type=click.Path(path_type=Path), metavar="DIR", help="Held-out photographs for textures.")
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    type=click.Choice(["cpu", "cuda"]),
-    help="What renders. A kind of GPU has a set of its own; the CPU's is the same everywhere, to rounding.",
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER")
-def main(pairs: int, photographs: Path | None, device: str, out: Path) -> None:
-    """Render held-out scenes into files."""
-    try:
-        render(pairs, photographs, device, out, lambda done: click.echo(f"{done} of {pairs}", err=True))
-    except SmcError as error:
-        raise click.ClickException(f"{error}\nfix: {error.fix}" if error.fix else str(error)) from error
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m smc.compiler.evaluation.rendered", description="Render held-out scenes into files.")
+    parser.add_argument("--pairs", type=int, default=500, help="[default: 500]")
+    parser.add_argument("--photographs", type=Path, metavar="DIR", help="held-out photographs for textures [default: noise alone]")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="what renders; a kind of GPU has a set of its own, the CPU's is the same everywhere, to rounding [default: cpu]",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    arguments = parser.parse_args()
+
+    def say(done: int) -> None:
+        print(f"{done} of {arguments.pairs}", file=sys.stderr)
+
+    render(arguments.pairs, arguments.photographs, arguments.device, arguments.out, say)
 
 
 if __name__ == "__main__":
-    main()
+    from smc.compiler.programs import run
+
+    run(main)

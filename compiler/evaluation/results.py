@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
-from smc.compiler.bundle_writer import DISK_ERRNOS
 from smc.compiler.evaluation.records import SCHEMA, Config, Header, PairResult
-from smc.exported.errors import BadInput, Busy, CannotWrite, DiskError, InputMissing, UsageError
+from smc.compiler.output_files import writing
+from smc.exported.errors import BadInput, Busy, CannotWrite, InputMissing, UsageError
 
 Key = tuple[str, str]
 """A pair: the data's kind, the pair's name."""
@@ -21,15 +24,14 @@ Key = tuple[str, str]
 class ResultFile:
     """An open file of results, locked. `rows`: the lines that it holds."""
 
-    def __init__(self, path: Path, file: BinaryIO, rows: dict[Key, PairResult]) -> None:
+    def __init__(self, path: Path, file: FileIO, rows: dict[Key, PairResult]) -> None:
         self.path, self.rows = path, rows
         self._file = file
 
     def add(self, row: PairResult) -> None:
         """Write a pair's line, so that it outlives the process. Raises CannotWrite, DiskError."""
-        with _writing(self.path):
-            self._file.write(msgspec.json.encode(row) + b"\n")
-            self._file.flush()
+        with writing(self.path):
+            _write_line(self._file, row)
         self.rows[row.kind, row.name] = row
 
 
@@ -40,15 +42,17 @@ def open_results(path: Path, header: Header) -> Iterator[ResultFile]:
     A line that was cut off as it was written is dropped.
 
     Raises:
-        CannotWrite, DiskError: it cannot be written.
+        CannotWrite, DiskError: it cannot be written, or is no regular file.
         Busy: another evaluation writes to it.
         UsageError: it holds the results of another evaluation.
         BadInput: it is not such a file.
     """
-    with _writing(path):
+    with writing(path):
         path.touch()
-        file = path.open("r+b")
+        file = path.open("r+b", buffering=0)  # a buffer would write once more when it is closed, and fail there again
     with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a device may be read for ever
+            raise CannotWrite(f"{path}: not a regular file")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -61,12 +65,11 @@ def open_results(path: Path, header: Header) -> Iterator[ResultFile]:
             check_same(path, found.config, header.config)
         elif not msgspec.json.encode(header).startswith(data[:10]):  # nothing, or the beginning of a header
             raise BadInput(f"{path}: not results of smc eval", fix="write elsewhere")
-        with _writing(path):
+        with writing(path):
             file.seek(len(whole))
             file.truncate()
             if not whole:
-                file.write(msgspec.json.encode(header) + b"\n")
-                file.flush()
+                _write_line(file, header)
         yield ResultFile(path, file, rows)
 
 
@@ -123,10 +126,7 @@ def _decode(path: Path, data: bytes) -> tuple[Header, dict[Key, PairResult]]:
     return header, rows
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        kind = DiskError if error.errno in DISK_ERRNOS else CannotWrite
-        raise kind(f"{path}: {error.strerror or error}") from error
+def _write_line(file: FileIO, value: Header | PairResult) -> None:
+    line = msgspec.json.encode(value) + b"\n"
+    while line:  # of what does not fit, a part may be written before the system says so
+        line = line[file.write(line) :]

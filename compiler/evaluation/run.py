@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class EvalRequest:
         iterations: samples of an estimate, at most.
         pose_threshold: largest epipolar error of an inlier, pixels of the data set's scale.
         homography_threshold: largest distance of an inlier, likewise.
+
+    Raises UsageError for a number that is out of range.
     """
 
     matcher: PairMatcher
@@ -63,6 +66,15 @@ class EvalRequest:
     iterations: int = estimate.ITERATIONS
     pose_threshold: float = 1.0
     homography_threshold: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or self.iterations < 1:
+            raise UsageError(f"{self.draws} draws of {self.iterations} iterations: at least 1 of each")
+        if not 0 <= self.seed <= estimate.LARGEST_SEED - (self.draws - 1):
+            raise UsageError(f"seed {self.seed} with {self.draws} draws: seeds are from 0 to 2^64 - 1, and every draw takes the next one")
+        for name in ("pose_threshold", "homography_threshold"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise UsageError(f"{name} is {value}: a finite number of pixels above 0 was expected")
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ def evaluate(request: EvalRequest, report: Progress = lambda description, fracti
     """Match every pair, estimate, compare with ground truth, and write a line, as soon as a pair is done.
 
     Raises:
-        UsageError: the request makes no sense, or the file is of another evaluation.
+        UsageError: there is no data, or two data sets of one kind, or the file is of another evaluation.
         NoTarget: poselib is not installed.
         InputMissing, BadImage, BadInput: an image or its ground truth cannot be used.
         CannotWrite, DiskError, Busy: the file cannot be written.
@@ -87,8 +99,6 @@ def evaluate(request: EvalRequest, report: Progress = lambda description, fracti
     if not request.data:
         raise UsageError("there is nothing to evaluate on", fix="name a data set: --data KIND:PATH")
     check_kinds([data.kind for data in request.data])
-    if request.draws < 1 or request.iterations < 1:
-        raise UsageError(f"{request.draws} draws of {request.iterations} iterations: at least 1 of each")
     chosen = [_chosen(data, request.limit, request.seed) for data in request.data]
     config = Config(
         matcher=request.matcher.describe(),

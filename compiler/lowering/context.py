@@ -147,12 +147,16 @@ def numpy_name(dtype: np.dtype[Any]) -> str:
 
 
 def dtype_name(tensor: gs.Tensor) -> str:
-    """A tensor's element type, as numpy names it."""
+    """A tensor's element type, as numpy names it. Raises CannotLower: no kernel knows it."""
     from onnx import TensorProto, helper
 
     if isinstance(tensor.dtype, int):
-        return "bfloat16" if tensor.dtype == TensorProto.BFLOAT16 else helper.tensor_dtype_to_np_dtype(tensor.dtype).name
-    return numpy_name(np.dtype(tensor.dtype))
+        name = "bfloat16" if tensor.dtype == TensorProto.BFLOAT16 else helper.tensor_dtype_to_np_dtype(tensor.dtype).name
+    else:  # numpy takes None for float64
+        name = "of unknown type" if tensor.dtype is None else numpy_name(np.dtype(tensor.dtype))
+    if name not in ITEMSIZES:
+        raise CannotLower(f"{tensor.name} is {name}, which this backend's kernels do not take")
+    return name
 
 
 def stride(dim: Dim) -> int:

@@ -42,8 +42,9 @@ def lower(graph: gs.Graph) -> Lowered:
     """Turn a typed graph whose dimensions are all static into calls of this project's operations.
 
     Raises:
-        CannotLower: it holds something that none of them does.
+        CannotLower: it holds something that none of them does, or a dimension that is not static.
     """
+    _check_shapes(graph)
     context = Context(graph)
     rotations = Rotations(graph)
     inputs = _place_inputs(context)
@@ -52,6 +53,25 @@ def lower(graph: gs.Graph) -> Lowered:
             _lower_or_refuse(context, node, rotations)
     outputs = {tensor.name: _output(context, tensor) for tensor in graph.outputs}
     return Lowered(context.calls, inputs, outputs)
+
+
+def _check_shapes(graph: gs.Graph) -> None:
+    """Raise CannotLower unless every dimension of what is given and computed is static."""
+    for tensor in graph.inputs:
+        _check_static(tensor, "the graph's input")
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            if not tensor.is_empty() and constant_value(tensor) is None:
+                _check_static(tensor, f"{label(node)} ({node.op}): its output")
+
+
+def _check_static(tensor: gs.Tensor, what: str) -> None:
+    if tensor.shape is None:
+        raise CannotLower(f"{what} {tensor.name} is of a shape that cannot be told beforehand")
+    for axis, size in enumerate(tensor.shape):
+        if not isinstance(size, int):
+            sizes = ", ".join(map(str, tensor.shape))
+            raise CannotLower(f"{what} {tensor.name} is of the shape ({sizes}), whose dimension {axis} cannot be told beforehand")
 
 
 def _lower_or_refuse(context: Context, node: gs.Node, rotations: Rotations) -> None:

@@ -55,22 +55,31 @@ class ProgramWriter:
         return Program(stage, inputs, outputs, arena.size, tuple(steps))
 
     def _cut(self, calls: Sequence[Call]) -> list[tuple[Call, list[Launch]]]:
-        """Each call, with the memory that its launches take besides, and the launches, whose kernels are compiled.
+        """Each call, with the memory that its launches take besides, and the launches, as `_choose` has them."""
+        chosen = self._choose([(call.operation, f"{type(call.operation).__name__} {call.label}") for call in calls])
+        return [(_with_workspace(call, tile), launched) for call, (tile, launched) in zip(calls, chosen, strict=True)]
+
+    def _choose(self, operations: Sequence[tuple[Any, str]]) -> list[tuple[Any, list[Launch]]]:
+        """The tile of each operation, given with its label, and the launches, whose kernels are compiled and fit the GPU.
 
         The tile of an operation that was timed may not go with one that is only similar: that gets the default one.
+
+        Raises:
+            ValueError: a kernel does not compile, or does not fit.
         """
         sm = self._tuning.sm
-        ways = [(tile, _launches_or_none(call.operation, tile, sm)) for call in calls for tile in [self._tuning.tile(call.operation)]]
+        ways = [(tile, _launches_or_none(operation, tile, sm)) for operation, _ in operations for tile in [self._tuning.tile(operation)]]
         self._compile(launched for _, launched in ways if launched)
-        for i, call in enumerate(calls):
-            launched = ways[i][1]
+        chosen: list[tuple[Any, list[Launch]]] = []
+        for (operation, _), (tile, launched) in zip(operations, ways, strict=True):
             if launched is None or not self._runs(launched):
-                tile = default_tile(call.operation, sm)
-                ways[i] = tile, launches(call.operation, tile, sm)
-        self._compile(launched for _, launched in ways if launched)
-        for call, (_, launched) in zip(calls, ways, strict=True):
-            self._check_fit(launched or [], f"{type(call.operation).__name__} {call.label}")
-        return [(_with_workspace(call, tile), launched or []) for call, (tile, launched) in zip(calls, ways, strict=True)]
+                tile = default_tile(operation, sm)
+                launched = launches(operation, tile, sm)
+            chosen.append((tile, launched))
+        self._compile(launched for _, launched in chosen)
+        for (_, label), (_, launched) in zip(operations, chosen, strict=True):
+            self._check_fit(launched, label)
+        return chosen
 
     def _check_fit(self, launched: Sequence[Launch], label: str) -> None:
         """Raise ValueError for a kernel that the GPU has too little shared memory for."""
@@ -100,16 +109,13 @@ class ProgramWriter:
         }
         shape1, shape2 = (places[name].shape[1:] for name in ("desc1", "desc2"))
         operation = Matching((shape1[0], shape1[1]), (shape2[0], shape2[1]), shape1[2])
-        tile = self._tuning.tile(operation)
+        ((tile, launched),) = self._choose([(operation, "matching")])
         regions = {name: Region("arena", place.offset, place.dtype, place.shape[1:]) for name, place in places.items()}
         end = decoder.arena_bytes
         for name, (dtype, shape) in (matching.operand_shapes(operation) | workspace(operation, tile)).items():
             if name not in regions:
                 regions[name] = Region("arena", end, dtype, shape)
                 end += -(-math.prod(shape) * itemsize(dtype) // ALIGNMENT) * ALIGNMENT
-        launched = launches(operation, tile, self._tuning.sm)
-        self._table.compile([launch.kernel for launch in launched])
-        self._check_fit(launched, "matching")
         where: dict[str, Place] = {name: ("arena", region.offset) for name, region in regions.items()}
         steps = tuple(self._table.step(launch, where, f"Matching {launch.kernel.function.rpartition(':')[2]}") for launch in launched)
         inputs, outputs = ({name: regions[name] for name in names} for names in (matching.INPUTS, matching.OUTPUTS))

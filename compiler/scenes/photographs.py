@@ -12,13 +12,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from smc.exported.errors import InputMissing
+from smc.compiler.output_files import writing
+from smc.exported.errors import BadImage, InputMissing
+
+if TYPE_CHECKING:  # packing needs no torch
+    import torch
+    from torch import Tensor
 
 OPENCV = Path("/usr/share/doc/opencv-doc/examples")
 
@@ -65,6 +69,8 @@ def pack(folders: list[Path], out: Path) -> dict[str, int]:
 
     Raises:
         InputMissing: one of the sets has none.
+        BadImage: one cannot be read.
+        CannotWrite, DiskError: they cannot be written.
     """
     counts = {}
     for name, files in SETS.items():
@@ -74,11 +80,26 @@ def pack(folders: list[Path], out: Path) -> dict[str, int]:
                 f"none of the {name} photographs is in {', '.join(map(str, folders)) or 'any known place'}",
                 fix="install Debian's opencv-doc or scikit-image, or give folders that hold their pictures",
             )
-        (out / name).mkdir(parents=True, exist_ok=True)
+        with writing(out / name):
+            (out / name).mkdir(parents=True, exist_ok=True)
         for path in paths:
-            _open(path).save((out / name / path.name).with_suffix(".jpg"), quality=93)
+            picture, packed_as = _open(path), (out / name / path.name).with_suffix(".jpg")
+            with writing(packed_as):
+                picture.save(packed_as, quality=93)
         counts[name] = len(paths)
     return counts
+
+
+def packed(folder: Path) -> list[Path]:
+    """The files of one set, by name. Raises InputMissing where there are none."""
+    paths = sorted(folder.glob("*.jpg"))
+    if not paths:
+        held_out = folder / "held-out"
+        raise InputMissing(
+            f"{folder}: no photographs (*.jpg) in it",
+            fix=f"name {held_out}" if held_out.is_dir() else "python -m smc.compiler.scenes.photographs --out DIR",
+        )
+    return paths
 
 
 def load(folder: Path, device: torch.device) -> Tensor:
@@ -86,18 +107,22 @@ def load(folder: Path, device: torch.device) -> Tensor:
 
     Raises:
         InputMissing: there are none.
+        BadImage: one cannot be read.
     """
-    paths = sorted(folder.glob("*.jpg"))
-    if not paths:
-        raise InputMissing(f"{folder}: no photographs", fix="python -m smc.compiler.scenes.photographs --out DIR")
-    return torch.from_numpy(np.stack([np.asarray(_open(path)) for path in paths])).permute(0, 3, 1, 2).contiguous().to(device)
+    import torch
+
+    pictures = np.stack([np.asarray(_open(path)) for path in packed(folder)])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().to(device)
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    try:
+        with Image.open(path) as image:
+            opaque = Image.new("RGBA", image.size, "white")
+            opaque.alpha_composite(image.convert("RGBA"))
+            return opaque.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
+        raise BadImage(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
 def main() -> None:
@@ -110,4 +135,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from smc.compiler.programs import run
+
+    run(main)

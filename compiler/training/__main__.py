@@ -6,6 +6,9 @@ import argparse
 import time
 from pathlib import Path
 
+from smc.compiler.packages import require_packages
+from smc.compiler.programs import run as run_program
+
 STARTED = time.monotonic()
 """Before torch is imported: a time limit counts from here."""
 
@@ -19,11 +22,12 @@ def main() -> None:
     length.add_argument("--steps", type=int, help="length of the run")
     parser.add_argument("--model", default="pocket", help="a preset or a config.json [default: pocket]")
     parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="weights to begin with, of the same model [default: random ones]")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and scenes, 0 to 4095 [default: 0]")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run the network without torch.compile")
     parser.add_argument("--save-minutes", type=float, default=2.0, help="how often to save [default: 2]")
     arguments = parser.parse_args()
+    require_packages("training", ("torch", "safetensors"))
 
     from smc.compiler.config import resolve_config
     from smc.compiler.training.train import Options, Run
@@ -35,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch import Generator, Tensor
 from smc.compiler.checkpoint import load_checkpoint
 from smc.compiler.config import ModelConfig
 from smc.compiler.model import Mast3r
+from smc.compiler.output_files import writing
+from smc.compiler.packages import require_packages
 from smc.compiler.scenes import photographs
 from smc.compiler.scenes.draw import Difficulty
 from smc.compiler.scenes.geometry import pixel_grid
@@ -25,7 +28,7 @@ from smc.compiler.training.losses import MATCHING_WEIGHT, at_pixels, draw_corres
 from smc.compiler.training.network import compile_parts, forward, initialise, trainable_functions
 from smc.compiler.training.plan import PHASES, Phase, Shape, difficulty_at, lr_at, phase_at
 from smc.compiler.training.state import RECORD, append_log, load_state, machine, save_model, save_state, write_json
-from smc.exported.errors import BadInput
+from smc.exported.errors import BadInput, NoTarget, UsageError
 
 WEIGHT_DECAY, BETAS, LARGEST_GRADIENT = 0.05, (0.9, 0.95), 1.0
 
@@ -34,6 +37,12 @@ AVERAGE_OVER = 1000
 
 CHECKED_PIXELS = 3.0
 """A match is right if it is this near to the truth."""
+
+STEP_BITS = 28
+"""Of a draw's seed; the run's seed is above them."""
+
+SEEDS = HELD_OUT_SEED >> STEP_BITS
+"""Seeds of runs: the draws of larger ones would be those of the held-out scenes."""
 
 GRID_STEP = 16
 """Of the points whose matches are checked, in pixels."""
@@ -59,6 +68,8 @@ class Options:
         refresh: steps after which new textures are drawn.
         save_minutes, evaluate_steps, log_steps: how often.
         evaluated: pairs of the fixed held-out batch.
+
+    Raises UsageError for a length that is none, and for a seed that is out of range.
     """
 
     out: Path
@@ -81,18 +92,39 @@ class Options:
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
-            raise BadInput("a run is limited by minutes or by steps, one of the two")
+            raise UsageError("a run is limited by minutes or by steps, one of the two")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise UsageError(f"a run of {self.minutes} minutes: a finite number above 0 was expected")
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"a run of {self.steps} steps: at least 1 was expected")
+        if not self.save_minutes >= 0:
+            raise UsageError(f"to save every {self.save_minutes} minutes: 0 or more was expected")
+        if not 0 <= self.seed < SEEDS:
+            raise UsageError(f"the seed {self.seed} is not from 0 to {SEEDS - 1}, whose scenes are for training")
 
 
 class Run:
     """One run, from its start or from where it was cut."""
 
     def __init__(self, options: Options, started: float | None = None) -> None:
-        """`started`: the `time.monotonic` from which this part of the run is counted."""
+        """`started`: the `time.monotonic` from which this part of the run is counted.
+
+        Raises:
+            NoTarget: there is no GPU, or no Triton to use it.
+            CannotWrite, DiskError: the folder cannot be made.
+            InputMissing, BadImage: the photographs are absent or cannot be read.
+            BadInput: the folder holds another run, or the checkpoint to start with another model.
+            And what `load_checkpoint` raises.
+        """
+        if options.device == "cuda":
+            if not torch.cuda.is_available():
+                raise NoTarget("torch finds no GPU to train on", fix="to try it out on the CPU: --device cpu")
+            require_packages("training on a GPU", ("triton",))
         self.options = options
         self.device = torch.device(options.device)
         self._started = time.monotonic() if started is None else started
-        options.out.mkdir(parents=True, exist_ok=True)
+        with writing(options.out):
+            options.out.mkdir(parents=True, exist_ok=True)
         if self.device.type == "cuda":
             # Of convolutions alone: rays and projections are products, and TF32 would move them by a fifth of a pixel.
             torch.backends.cudnn.allow_tf32 = True
@@ -227,7 +259,7 @@ class Run:
 
     def _seed(self, step: int, purpose: int) -> int:
         """Of one step's draws: a run that goes on draws what it would have drawn."""
-        return (self.options.seed << 28) + 4 * step + purpose
+        return (self.options.seed << STEP_BITS) + 4 * step + purpose
 
     def _draw(self, step: int) -> PairBatch:
         if self._stream is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from smc.exported.engines.cuda_memory import Event, Graph, Stream
+from smc.exported.engines.cuda_memory import WHOLE_GPU, Event, Graph, Stream
 from smc.exported.engines.cuda_program import Argument, Float32, Int32, KernelCode, Pointer, Program, Space, TensorMap
 from smc.exported.errors import BackendFailed, OutOfMemory
 
@@ -30,7 +30,7 @@ class Kernels:
         self._loaded: dict[int, Any] = {}
         self._libraries: list[Any] = []
         self._lock = threading.Lock()
-        weakref.finalize(self, _unload, self._libraries).atexit = False
+        weakref.finalize(self, WHOLE_GPU.clean_up, _unload, self._libraries).atexit = False
 
     def __getitem__(self, index: int) -> Any:
         with self._lock:

@@ -18,15 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smc.exported.engines.cuda_launch import Kernels, capture
-from smc.exported.engines.cuda_memory import DeviceArray, MemoryPool, Stream, pinned_array
+from smc.exported.engines.cuda_memory import MemoryPool, Stream, pinned_array
 from smc.exported.engines.cuda_program import Program, Space
 from smc.exported.errors import BadInput
 from smc.exported.matching import Indices, starting_points
 
 Found = tuple[Indices, Indices, NDArray[np.float32]]
 """xy1, xy2: int64 (K, 2), and the float32 (K,) confidence of each match, the smaller of its two pixels'."""
-
-MAPS = ("desc1", "desc2", "conf1", "conf2")
 
 _INFINITY = 0x7F800000  # bits of float32 infinity; those of NaN are above
 _LARGEST = 2**31 - 1
@@ -53,19 +51,6 @@ class CudaMatcher:
         self._graph = capture(program, kernels, bases, stream)
         (height1, width1, _), (height2, width2, _) = (program.inputs[name].shape for name in ("desc1", "desc2"))
         self._shape1, self._shape2 = (height1, width1), (height2, width2)
-
-    def read(self, maps: Mapping[str, DeviceArray]) -> None:
-        """Queue copies of maps, by their names, to where the program reads them, unless they are there.
-
-        Raises:
-            BadInput: a map of another shape or type.
-        """
-        for name in MAPS:
-            region, given = self._inputs[name], maps[name]
-            if tuple(given.shape) != tuple(region.shape) or given.dtype != np.dtype(region.dtype):
-                raise BadInput(f"{name} is {given.dtype} {given.shape}, {region.dtype} {region.shape} was expected")
-            if given.address != self._arena + region.offset:
-                self._stream.copy(self._arena + region.offset, given.address, given.nbytes)
 
     def fast_reciprocal_nn(self, subsample: int = 8, pixel_tol: float = 0, start_xy: Any = None) -> Found:
         """`smc.exported.matching.fast_reciprocal_nn` of the maps that are in place, and the matches' confidence.

@@ -7,11 +7,14 @@ calls `use_device` before anything else here. Memory comes from pools that keep 
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,10 +41,60 @@ _NO_DEVICE = {
 }
 _FIX = "smc doctor shows what this machine has"
 
+_initialised_in: int | None = None
+"""The process that CUDA was initialised in: this one, or one that it was forked from."""
 
-_WHOLE_GPU = threading.RLock()
-"""Held while work is captured, and by what waits for everything on the GPU, which CUDA forbids while any thread captures. Taken before
-a pool's own lock: a block may be collected, and put back, inside a capture."""
+
+class _WholeGpu:
+    """The right to do what waits for everything on the GPU, which CUDA forbids while any thread captures: a capture takes it as well.
+
+    Taken before a pool's own lock: a block may be collected, and put back, inside a capture.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._holds = 0
+        self._put_off: deque[Callable[[], object]] = deque()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Wait for the right, and have it for a while."""
+        try:
+            with self._lock, self._counted():
+                yield
+        finally:
+            self._catch_up()
+
+    def clean_up(self, work: Callable[..., object], *arguments: object) -> None:
+        """Do a finalizer's work that needs the right: at once, or else when whoever has it gives it back.
+
+        Finalizers must not wait for it. They run in whichever thread lets go of something last: one that may hold what another's capture
+        needs to come to its end, or one in the midst of its own capture, which the work would spoil.
+        """
+        self._put_off.append(partial(work, *arguments))
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        while self._put_off and self._lock.acquire(blocking=False):  # another thread that has the right comes by here when it is done
+            try:
+                if self._holds:  # and so does this one
+                    return
+                with self._counted():
+                    while self._put_off:
+                        self._put_off.popleft()()
+            finally:
+                self._lock.release()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._holds += 1
+        try:
+            yield
+        finally:
+            self._holds -= 1
+
+
+WHOLE_GPU = _WholeGpu()
 
 
 @dataclass(frozen=True)
@@ -70,14 +123,17 @@ def runtime_version() -> tuple[int, int]:
 
 def devices() -> list[Device]:
     """The GPUs that this process may use, at least one. Raises NoTarget where there is none, or CUDA does not work."""
+    global _initialised_in
     driver, library = driver_version(), runtime_version()
     if driver[0] < library[0]:
         raise NoTarget(
             f"cuda-bindings is for CUDA {library[0]}, and this machine's driver for CUDA {driver[0]}.{driver[1]}",
             fix=f"install a driver for CUDA {library[0]} (580 or newer for CUDA 13)",
         )
+    count = _check_machine(cudart.cudaGetDeviceCount(), "looking for GPUs")
+    _initialised_in = _initialised_in or os.getpid()
     found = []
-    for index in range(_check_machine(cudart.cudaGetDeviceCount(), "looking for GPUs")):
+    for index in range(count):
         properties = _check_machine(cudart.cudaGetDeviceProperties(index), f"asking for the properties of GPU {index}")
         name = properties.name.split(b"\0")[0].decode(errors="replace")
         found.append(Device(index, name, f"{properties.major}.{properties.minor}", properties.totalGlobalMem))
@@ -187,7 +243,7 @@ class Graph:
         """
         # Other threads go on allocating meanwhile: only this one's calls may spoil the capture, and whatever waits for the whole GPU.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with _WHOLE_GPU:
+        with WHOLE_GPU.held():
             _check(cudart.cudaStreamBeginCapture(stream.handle, mode), "beginning a capture")
             try:
                 enqueue()
@@ -230,14 +286,15 @@ class MemoryPool:
         allocate: Callable[[int], tuple[Any, ...]],
         free: Callable[[int], object],
         settle: Callable[[], object] = lambda: None,
+        on_host: bool = False,
     ) -> None:
-        """`free` and `settle` wait for everything that runs on the GPU."""
-        self._name, self._allocate, self._free, self._settle = name, allocate, free, settle
+        """`free` and `settle` wait for everything that runs on the GPU. `on_host` says whose memory it is, for errors."""
+        self._name, self._allocate, self._free, self._settle, self._on_host = name, allocate, free, settle, on_host
         self._idle: dict[int, list[int]] = {}  # size -> addresses
         self._lent: dict[int, list[int]] = {}  # those that others may still be at work on
         self._lock = threading.RLock()  # a block may be collected, and put back, inside `take`
         for blocks in (self._idle, self._lent):
-            weakref.finalize(self, _free_all, blocks, free).atexit = False
+            weakref.finalize(self, WHOLE_GPU.clean_up, _free_all, blocks, free).atexit = False
 
     def take(self, nbytes: int) -> Block:
         """A block of at least 256-byte alignment.
@@ -245,6 +302,7 @@ class MemoryPool:
         Raises:
             OutOfMemory: so much is not there.
         """
+        nbytes = max(nbytes, 1)  # nothing would have no address, and an empty array needs one
         address = self._pop(nbytes)
         if address is None and self._lent.get(nbytes):
             self._reclaim()
@@ -258,13 +316,13 @@ class MemoryPool:
 
     def release(self) -> None:
         """Free what is kept and not in use."""
-        with _WHOLE_GPU, self._lock:
+        with WHOLE_GPU.held(), self._lock:
             _free_all(self._idle, self._free)
             _free_all(self._lent, self._free)
 
     def _reclaim(self) -> None:
         """Make the blocks that were lent, and have come back, idle ones."""
-        with _WHOLE_GPU, self._lock:
+        with WHOLE_GPU.held(), self._lock:
             returned = {size: list(addresses) for size, addresses in self._lent.items()}  # what comes back meanwhile is not waited for
             self._settle()
             for size, addresses in returned.items():
@@ -276,7 +334,15 @@ class MemoryPool:
         if status == _Status.cudaErrorMemoryAllocation:
             self.release()
             status, address = self._allocate(nbytes)
-        _check((status,), f"allocating {self._name}", nbytes)
+        try:
+            _check((status,), f"allocating {self._name}")
+        except OutOfMemory as error:
+            sizes, fix = f"{error}; {nbytes:,} bytes are needed", error.fix
+            if self._on_host:
+                fix = "free memory of the host or raise its container's limit, or use smaller images or batches"
+            else:
+                sizes += f", {free_memory():,} are free on the GPU"
+            raise OutOfMemory(sizes, fix=fix) from None
         return int(address)
 
     def _put_back(self, address: int, nbytes: int, lent: list[bool]) -> None:
@@ -293,7 +359,9 @@ def device_pool() -> MemoryPool:
 
 def pinned_pool() -> MemoryPool:
     """A pool of page-locked host memory, which the GPU copies to and from at full speed."""
-    return MemoryPool("page-locked memory", lambda nbytes: cudart.cudaHostAlloc(nbytes, cudart.cudaHostAllocDefault), cudart.cudaFreeHost)
+    return MemoryPool(
+        "page-locked memory", lambda nbytes: cudart.cudaHostAlloc(nbytes, cudart.cudaHostAllocDefault), cudart.cudaFreeHost, on_host=True
+    )
 
 
 class DeviceArray:
@@ -362,28 +430,34 @@ class DeviceArray:
         if copy or dl_device not in (None, device):
             raise BufferError("an array on the GPU is lent as it is; numpy.asarray copies it to the host")
         self._block.lend()
-        return dlpack.make_capsule(self._block, self.address, self.shape, self.dtype, device, max_version)
+        return dlpack.make_capsule(_array_over(self._block, self.address, self.shape, self.dtype), device, max_version)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError("an array on the GPU cannot be read from the host without a copy")
         host = np.empty(self.shape, self.dtype)
-        with _WHOLE_GPU:
+        with WHOLE_GPU.held():
             _check(cudart.cudaMemcpy(host.ctypes.data, self.address, self.nbytes, cudart.cudaMemcpyKind.cudaMemcpyDefault), "copying")
         return host.astype(self.dtype if dtype is None else dtype, copy=False)
 
 
 def pinned_array(pool: MemoryPool, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """An array in page-locked memory, not initialised. The memory returns to `pool` with the last view of it."""
-    return np.asarray(_PinnedView(pool.take(math.prod(shape) * np.dtype(dtype).itemsize), shape, np.dtype(dtype)))
+    block = pool.take(math.prod(shape) * np.dtype(dtype).itemsize)
+    return _array_over(block, block.address, shape, np.dtype(dtype))
 
 
-class _PinnedView:
+def _array_over(block: Block, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A contiguous array in a block's memory, perhaps the GPU's: making it reads nothing. The block lives as long as any view of it."""
+    return np.asarray(_Base(block, address, shape, dtype))
+
+
+class _Base:
     """What numpy keeps as the base of an array in a block."""
 
-    def __init__(self, block: Block, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(self, block: Block, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.block = block
-        self.__array_interface__ = {"shape": shape, "typestr": dtype.str, "data": (block.address, False), "version": 3}
+        self.__array_interface__ = {"shape": shape, "typestr": dtype.str, "data": (address, False), "version": 3}
 
 
 def _free_all(idle: dict[int, list[int]], free: Callable[[int], object]) -> None:
@@ -392,11 +466,11 @@ def _free_all(idle: dict[int, list[int]], free: Callable[[int], object]) -> None
             free(addresses.pop())
 
 
-def _check(result: tuple[Any, ...], doing: str, needed: int = 0) -> Any:
+def _check(result: tuple[Any, ...], doing: str) -> Any:
     """The values of a call: None, the one, or a tuple. Raises what its status means."""
     status, *values = result
     if status != _Status.cudaSuccess:
-        raise _translated(status, doing, needed)
+        raise _translated(status, doing)
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
@@ -404,15 +478,21 @@ def _check_machine(result: tuple[Any, ...], doing: str) -> Any:
     """As `_check`, for questions about the machine: one that CUDA fails to answer, for whatever reason, has no GPU to use."""
     try:
         return _check(result, doing)
+    except NoTarget:
+        raise
     except SmcError as error:
         raise NoTarget(str(error), fix=_FIX) from error
 
 
-def _translated(status: Any, doing: str, needed: int) -> SmcError:
+def _translated(status: Any, doing: str) -> SmcError:
     text = f"{doing}: {cudart.cudaGetErrorString(status)[1].decode()} ({status.name})"
+    if _initialised_in not in (None, os.getpid()):
+        return NoTarget(
+            f"a GPU cannot be used in a process that was forked after its parent used CUDA ({text})",
+            fix="load the bundle in the process that uses it, started before CUDA is in use or by multiprocessing's method 'spawn'",
+        )
     if status == _Status.cudaErrorMemoryAllocation:
-        sizes = f"; {needed:,} bytes are needed, {free_memory():,} are free on the GPU" if needed else ""
-        return OutOfMemory(text + sizes, fix="free GPU memory, or use smaller images or batches")
+        return OutOfMemory(text, fix="free GPU memory, or use smaller images or batches")
     if status in _NO_DEVICE:
         return NoTarget(text, fix=_FIX)
     return BackendFailed(text)

@@ -158,7 +158,7 @@ def decode_plan(data: bytes | memoryview) -> Plan:
     try:
         plan = msgspec.json.decode(data, type=Plan)
         _check(plan)
-    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, ValueError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, ValueError, RecursionError) as error:
         raise BundleDamaged(f"{PLAN}: {error}") from error
     return plan
 

@@ -49,27 +49,25 @@ class TensorRtEngine:
         check_version(library, trt.__version__, manifest)
         check_driver(cuda.driver_version(), cuda.runtime_version())
         self._device = choose_device(cuda.devices(), manifest).index
-        cuda.use_device(self._device)
-        self._encoder, self._decoder = (Stage(stage, library, trt, files[manifest.stages[stage]]) for stage in ("encoder", "decoder"))
+        with cuda.on_device(self._device):
+            self._encoder, self._decoder = (Stage(stage, library, trt, files[manifest.stages[stage]]) for stage in ("encoder", "decoder"))
         _check_features(self._encoder, self._decoder)
 
     def encode(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> cuda.DeviceArray:
         """images -> features (B, rows, cols, C) on the GPU, in the plan's type."""
-        cuda.use_device(self._device)
         stage = self._encoder
         (image,), (features,) = stage.inputs, stage.outputs
         pixels = np.ascontiguousarray(as_plan_input(images, stage.dtypes[image]))
-        with stage.context({image: pixels.shape}) as context:
+        with cuda.on_device(self._device), stage.context({image: pixels.shape}) as context:
             context.run({image: pixels})
             return context.keep(features)
 
     def decode(self, features1: cuda.DeviceArray, features2: cuda.DeviceArray) -> Maps:
-        cuda.use_device(self._device)
         stage = self._decoder
         if features1.shape[0] != features2.shape[0]:
             raise BadInput(f"features of {features1.shape[0]} and of {features2.shape[0]} images make no pairs")
         inputs = dict(zip(stage.inputs, (features1, features2), strict=True))
-        with stage.context({name: features.shape for name, features in inputs.items()}) as context:
+        with cuda.on_device(self._device), stage.context({name: features.shape for name, features in inputs.items()}) as context:
             context.run(inputs)
             return context.fetch()
 
@@ -123,7 +121,7 @@ class Stage:
         runtime.engine_host_code_allowed = False
         self.engine = runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise self.failure("the engine cannot be loaded", needed=len(plan))
+            raise self.failure("the engine cannot be loaded", len(plan))
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.inputs = [tensor for tensor in names if self.engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT]
         self.outputs = [tensor for tensor in names if tensor not in self.inputs]
@@ -162,6 +160,8 @@ class Stage:
     def _take(self, shapes: Shapes) -> _Context | None:
         """An idle context for these shapes; where there is none, room is made for a new one."""
         with self._lock:
+            if not self._busy:
+                self.log.errors.clear()  # nobody looks for a reason among them
             self._busy += 1
             for context in self._idle:
                 if context.shapes == shapes:
@@ -217,9 +217,9 @@ class Stage:
         inspector = self.engine.create_engine_inspector()
         return json.loads(inspector.get_engine_information(self.trt.LayerInformationFormat.JSON))
 
-    def failure(self, what: str, needed: int) -> SmcError:
-        """The error for something that TensorRT refused, with what its log says."""
-        why = "; ".join(self.log.errors) or "no reason given"
+    def failure(self, what: str, needed: int, since: int = 0) -> SmcError:
+        """The error for something that TensorRT refused, with what its log says from entry `since` on, perhaps of other contexts too."""
+        why = "; ".join(self.log.errors[since:]) or "no reason given"
         if is_out_of_memory(why):
             return OutOfMemory(
                 f"{self.name}: {what}: {needed:,} bytes are needed, {cuda.free_memory():,} are free on the GPU ({why[:300]})",
@@ -244,15 +244,15 @@ class _Context:
         self._stream = cuda.Stream()
         self._graph: cuda.Graph | None = None
         self._warm = False
-        stage.log.errors.clear()
+        since = len(stage.log.errors)
         self._context = stage.create_context()
         if self._context is None:
-            raise stage.failure("no execution context", needed=stage.engine.device_memory_size_v2)
+            raise stage.failure("no execution context", stage.engine.device_memory_size_v2, since)
         ready = self._context.set_optimization_profile_async(profile, self._stream.handle)
         self._stream.synchronize()
         ready = ready and all(self._context.set_input_shape(name, shape) for name, shape in shapes.items())
         if not ready or self._context.infer_shapes():
-            raise stage.failure(f"inputs of {shapes} are not taken", needed=0)
+            raise stage.failure(f"inputs of {shapes} are not taken", 0, since)
         self._buffers = {name: self._bind(name) for name in (*stage.inputs, *stage.outputs)}
 
     def _bind(self, name: str) -> cuda.DeviceArray:
@@ -286,9 +286,9 @@ class _Context:
         return cuda.Graph(self._stream, self._enqueue)
 
     def _enqueue(self) -> None:
-        self._stage.log.errors.clear()
+        since = len(self._stage.log.errors)
         if not self._context.execute_async_v3(self._stream.handle):
-            raise self._stage.failure("the engine did not run", needed=self._stage.engine.device_memory_size_v2)
+            raise self._stage.failure("the engine did not run", self._stage.engine.device_memory_size_v2, since)
 
     def keep(self, name: str) -> cuda.DeviceArray:
         """A copy of an output, on the GPU, once all is done."""

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
+import onnx_ir
 import pytest
 
 import smc
+from smc.compiler import build as build_module
 from smc.compiler.build import BuildRequest, build
+from smc.compiler.source import CheckpointSource
 from smc.exported.bundle import read_manifest
+from smc.exported.engines import Engine, engine_for
+from smc.exported.manifest import Manifest
 from tests.conformance import DATA, case_images, load_case, relative_error
 from tests.conftest import TINY_SHAPES
 
@@ -65,6 +72,34 @@ def test_the_same_request_is_not_built_twice(tiny_bundle: Path) -> None:
     assert (tiny_bundle / "manifest.json").stat() == before
 
 
+def test_no_weights_are_in_memory_when_the_plan_is_loaded(
+    tiny_graphs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[weakref.ref[Any]] = []
+    loaded: list[int] = []
+
+    def export(self: CheckpointSource, report: Any) -> dict[str, onnx_ir.Model]:
+        weights.extend(weakref.ref(parameter) for parameter in self._model.parameters())
+        models = {file.stem: onnx_ir.load(file) for file in tiny_graphs}
+        for model in models.values():
+            for name, value in model.graph.initializers.items():
+                values = value.const_value.numpy().copy()
+                value.const_value = onnx_ir.tensor(values, name=name)
+                weights.append(weakref.ref(values))
+        return models
+
+    def engine(manifest: Manifest, files: dict[str, memoryview]) -> Engine:
+        loaded.append(sum(weight() is not None for weight in weights))
+        return engine_for(manifest, files)
+
+    monkeypatch.setattr(CheckpointSource, "export", export)
+    monkeypatch.setattr(build_module, "engine_for", engine)
+    config = str(DATA / "tiny_landscape.config.json")
+    build(BuildRequest(gpu="cpu", out=tmp_path / "bundle", random_seed=0, model=config, shapes=TINY_SHAPES[:1]))
+    assert len(weights) > 100
+    assert loaded == [0]
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
@@ -75,6 +110,7 @@ def test_the_same_request_is_not_built_twice(tiny_bundle: Path) -> None:
         ({"shapes": [(384, 510)]}, smc.UsageError),
         ({"shapes": [(32, 512)]}, smc.UsageError),
         ({"shapes": [(384, 512), (384, 512)]}, smc.UsageError),
+        ({"max_batch": 2}, smc.UsageError),
         ({"gpu": "tpu"}, smc.UsageError),
         ({"gpu": "v100"}, smc.NoTarget),
         ({"gpu": "h200", "backend": "tensorrt-rtx"}, smc.NoTarget),

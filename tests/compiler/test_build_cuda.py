@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +86,34 @@ def test_verification_without_the_gpu_runs_the_graph(built: BuildResult, monkeyp
     assert found.subject == "graph"
 
 
-def test_the_same_request_is_not_built_twice(built: BuildResult, tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
-    request: dict[str, Any] = {"gpu": "h200", "backend": "cuda", "out": built.path, "onnx": tiny_graphs, "shapes": [SHAPE]}
-    assert build(BuildRequest(**request)).reused
-    kernels = tmp_path / "kernels"
-    kernels.mkdir()
-    assert build(BuildRequest(**request, kernels=kernels)).reused, "kernels are the same wherever they come from"
+def test_the_same_request_is_not_built_twice(built: BuildResult, tiny_graphs: tuple[Path, Path]) -> None:
+    assert build(BuildRequest(gpu="h200", backend="cuda", out=built.path, onnx=tiny_graphs, shapes=[SHAPE])).reused
 
 
-def test_another_tuning_is_another_plan(
-    built: BuildResult, tiny_graphs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def another_tuning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    (folder / "tuning.json").write_text('{"gpu": "h200", "sm": 90, "when": "2025-01-01", "made_with": {}, "tiles": {}}')
+    return {"tuning": folder / "tuning.json"}
+
+
+def other_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Perhaps of another Triton, whose code differs."""
+    (folder / "key.1.2.3.kernel").touch()
+    return {"kernels": folder}
+
+
+def another_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """As after `git pull`."""
+    monkeypatch.setattr(build_module, "_sources", lambda: "other sources")
+    return {}
+
+
+@pytest.mark.parametrize("change", [another_tuning, other_kernels, another_compiler])
+def test_what_gives_another_plan_is_built_anew(
+    change: Callable[[Path, pytest.MonkeyPatch], dict[str, Any]],
+    built: BuildResult,
+    tiny_graphs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class BuiltAnewError(Exception):
         pass
@@ -103,10 +123,25 @@ def test_another_tuning_is_another_plan(
         raise BuiltAnewError
 
     monkeypatch.setattr(build_module._Build, "run", run)
-    file = tmp_path / "tuning.json"
-    file.write_text('{"gpu": "h200", "sm": 90, "when": "2025-01-01", "made_with": {}, "tiles": {}}')
+    changes = change(tmp_path, monkeypatch)
     with pytest.raises(BuiltAnewError):
-        build(BuildRequest(gpu="h200", backend="cuda", out=built.path, onnx=tiny_graphs, shapes=[SHAPE], tuning=file))
+        build(BuildRequest(gpu="h200", backend="cuda", out=built.path, onnx=tiny_graphs, shapes=[SHAPE], **changes))
+
+
+@pytest.mark.parametrize("folder", ["compiler", "examples", "exported", "passes", "plugins"])
+def test_the_key_changes_with_every_source(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = importlib.import_module(f"smc.{folder}")
+    copy = shutil.copytree(package.__path__[0], tmp_path / "moved", ignore=shutil.ignore_patterns("pocket", "__pycache__"))
+    before = build_module._sources.__wrapped__()
+    monkeypatch.setattr(package, "__path__", [str(copy)])
+    assert build_module._sources.__wrapped__() == before, "wherever it is installed"
+    for path in sorted(copy.rglob("*.png" if folder == "examples" else "*.py"))[-2:]:
+        content = path.read_bytes()
+        path.write_bytes(content + b"#")
+        assert build_module._sources.__wrapped__() != before
+        path.write_bytes(content)
+    path.unlink()
+    assert build_module._sources.__wrapped__() != before
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -117,22 +152,58 @@ def test_other_gpus_get_plans_if_asked_for(tiny_graphs: tuple[Path, Path], tmp_p
     assert not any(step.overlaps for program in plan.programs for step in program.steps)
 
 
+@pytest.mark.usefixtures("no_compiler")
+def test_files_that_say_little_of_their_dimensions(tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Inputs without names, or with odd ones, and outputs stated to be the example's, as exporters leave them."""
+    stated: dict[str, list[Any]] = {
+        "image": [None, 3, "16*s0 + 0", None],
+        "features1": [None, None, None, 128],
+        "features2": [None, "2*s1 - s1", None, 128],
+        "features": [1, 6, 8, 128],
+        "pts3d": [1, *SHAPE, 3],
+        "desc": [1, *SHAPE, 24],
+    }
+    files = []
+    for file in tiny_graphs:
+        model = onnx.load(file)
+        del model.graph.value_info[:]
+        for value in (*model.graph.input, *model.graph.output):
+            shape = stated.get(value.name) or stated.get(value.name[:-1], [1, *SHAPE])
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, shape))
+        files.append(tmp_path / file.name)
+        onnx.save_model(model, files[-1], save_as_external_data=True, location=f"{file.stem}.weights")
+    found = build(BuildRequest(gpu="h200", backend="cuda", out=tmp_path / "bundle", onnx=(files[0], files[1]), shapes=[SHAPE[::-1]]))
+    plan = decode_plan((found.path / PLAN).read_bytes())
+    assert [program.stage for program in plan.programs] == ["encoder", "encoder", "decoder", "matcher"]
+    assert plan.programs[2].outputs["conf2"].shape == (1, 128, 96)
+
+
 @pytest.mark.parametrize("option", ["tuning", "kernels"])
 def test_another_backend_takes_no_tuning_and_no_kernels(option: str, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"gpu": "cpu", "out": tmp_path / "out", "random_seed": 0, option: tmp_path / "given"}
-    with pytest.raises(smc.UsageError, match="onnxruntime plans take no tuning file and no kernels") as caught:
-        build(BuildRequest(**fields))
-    assert caught.value.fix == "add --backend cuda"
+    for gpu, name, fix in (("cpu", "onnxruntime", "leave them out"), ("a40", "tensorrt", "add --backend cuda")):
+        fields: dict[str, Any] = {"gpu": gpu, "out": tmp_path / "out", "random_seed": 0, option: tmp_path / "given"}
+        with pytest.raises(smc.UsageError, match=f"{name}.* plans take no tuning file and no kernels") as caught:
+            build(BuildRequest(**fields))
+        assert caught.value.fix == fix
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("no_compiler")
-@pytest.mark.parametrize("content", [None, "no JSON", '{"gpu": "a40", "sm": 86, "when": "", "made_with": {}, "tiles": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "no JSON",
+        '{"gpu": "a40", "sm": 86, "when": "", "made_with": {}, "tiles": {}}',
+        '{"gpu": "h200", "sm": 90, "when": "", "made_with": {}, "tiles": '
+        '{"Patches": {"tile": {"patches": 0, "warps": 4}, "microseconds": 1}}}',
+    ],
+)
 def test_a_tuning_file_that_is_none_leaves_nothing(content: str | None, tiny_graphs: tuple[Path, Path], tmp_path: Path) -> None:
     file = tmp_path / "tuning.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(smc.BadInput, match=r"tuning\.json"):
+    with pytest.raises(smc.BadInput, match=r"tuning\.json|tuning file"):
         build(BuildRequest(gpu="h200", backend="cuda", out=tmp_path / "out", onnx=tiny_graphs, shapes=[SHAPE], tuning=file))
     assert not (tmp_path / "out").exists()
 

@@ -23,8 +23,11 @@ from PIL import Image
 
 import smc
 from smc.compiler import cli, match
+from smc.compiler.kernel_cache import KernelCache
 from smc.compiler.targets import TARGETS
 from smc.exported.manifest import OutputError, decode_manifest, encode_manifest
+from smc.plugins.compile import Compiled
+from smc.plugins.launch import Kernel
 from tests.conformance import DATA
 from tests.conftest import TINY_SHAPES
 
@@ -207,6 +210,29 @@ def test_match_warns_on_stderr_where_little_of_an_image_is_kept(
     result.check_error(66, "INPUT_MISSING", "none.png")
 
 
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        ("build --gpu cpu --random-weights 0 --out {out}", "smc.compiler.build.build"),
+        ("tune {out} --prepare {out}", "smc.compiler.tune.prepare"),
+    ],
+)
+def test_of_warnings_a_build_shows_its_own(command: str, work: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    kernel = Kernel("smc.plugins.elementwise.kernel:elementwise", (), (), frozenset(), warps=4, stages=2)
+
+    def work_that_warns(*_: Any) -> None:
+        KernelCache(tmp_path / "file" / "kernels")._kept(kernel, 90, Compiled("name", b"code", 128, 0, ()))
+        exec(compile("import warnings; warnings.warn('of the exporter', UserWarning)", "torch.py", "exec"), {"__name__": "torch.onnx"})
+        raise smc.BadInput("that was all")
+
+    monkeypatch.setattr(work, work_that_warns)
+    lines = run(*command.format(out=tmp_path / "out").split()).err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("smc: warning: compiled kernels cannot be kept, so that the next build compiles them again: ")
+    assert lines[1] == "smc: error[BAD_INPUT]: that was all"
+
+
 NAMES = ["[red]a[bold].png", "[]:smile: %s {0} {task}.png", "größe 深度 😀.png", " two  spaces .png", "-dash.png", "深" * 80 + ".png"]
 
 
@@ -355,12 +381,14 @@ FAULTS = [
     Fault(MATCH + "--border -1", 2, "USAGE", "--border"),
     Fault(MATCH + "--pixel-tol -1", 2, "USAGE", "--pixel-tol"),
     Fault(MATCH + "--exif rotate", 2, "USAGE", "--exif"),
-    Fault(MATCH + "--out {tmp}/x.txt", 2, "USAGE", "x.txt: matches are written as .npz"),
-    Fault(MATCH + "--out {tmp}/x", 2, "USAGE", "written as .npz"),
-    Fault(MATCH + "--viz {tmp}/x.gif", 2, "USAGE", "pictures are written as .png, .jpg or .webp"),
+    Fault(MATCH + "--out {tmp}/x.txt", 2, "USAGE", "x.txt: a name that ends in .npz was expected"),
+    Fault(MATCH + "--out {tmp}/x", 2, "USAGE", "a name that ends in .npz was expected"),
+    Fault(MATCH + "--viz {tmp}/x.gif", 2, "USAGE", "x.gif: a name that ends in .png"),
     Fault(MATCH + "--viz {tmp}/[red].x", 2, "USAGE", "[red].x"),
     Fault(MATCH + "--both-ways --pixel-tol 3", 2, "USAGE", "choose one"),
-    Fault(MATCH + "--pixel-tol nan", 65, "BAD_INPUT", "pixel_tol must be 0 or more, found nan"),
+    Fault(MATCH + "--pixel-tol nan", 2, "USAGE", "'nan' is not a finite number"),
+    Fault(MATCH + "--pixel-tol inf", 2, "USAGE", "'inf' is not a finite number"),
+    Fault(MATCH + "--subsample 9999999999999999999", 2, "USAGE", "subsample"),
     Fault(MATCH + "--out {tmp}/none/x.npz", 73, "CANNOT_WRITE", "its folder is missing"),
     Fault(MATCH + "--out {tmp}/empty.png/x.npz", 73, "CANNOT_WRITE", "its folder is missing"),
     Fault(MATCH + "--viz {tmp}/none/x.png", 73, "CANNOT_WRITE", "its folder is missing"),
@@ -371,7 +399,7 @@ FAULTS = [
     Fault("match {a} {tmp} --bundle {bundle}", 66, "INPUT_MISSING", "Is a directory"),
     Fault("match {tmp}/empty.png {b} --bundle {bundle}", 65, "BAD_IMAGE", "empty.png: not an image that Pillow can read (0 bytes)"),
     Fault("match {a} {tmp}/cut.png --bundle {bundle}", 65, "BAD_IMAGE", "cut.png: damaged"),
-    Fault("match {a} {tmp}/long.png --bundle {bundle}", 65, "BAD_IMAGE", "aspect ratio of 10000x1", "at most 32:1"),
+    Fault("match {a} {tmp}/long.png --bundle {bundle}", 65, "BAD_IMAGE", "aspect ratio of 10000x1", "at most 33:1"),
     Fault("match {a} {b} --bundle {tmp}/none", 66, "INPUT_MISSING", "No such file", "smc build"),
     Fault("match {a} {b} --bundle {a}", 66, "INPUT_MISSING", "a bundle is a directory"),
     Fault("match {a} {b} --bundle {tmp}", 66, "INPUT_MISSING", "manifest.json is missing"),
@@ -397,8 +425,11 @@ FAULTS = [
     Fault(BUILD_WITH + "--gpu cpu --checkpoint {tmp}/empty.png", 65, "BAD_CHECKPOINT", "0 bytes"),
     Fault(BUILD_WITH + "--gpu t4 --random-weights 0 --backend cuda", 69, "NO_TARGET", "cuda: sm 7.5 is older than 8.0", "smc targets"),
     Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --backend cuda", 69, "NO_TARGET", "cuda: runs on NVIDIA GPUs only"),
-    Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --tuning {a}", 2, "USAGE", "take no tuning file", "--backend cuda"),
-    Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --kernels {tmp}", 2, "USAGE", "no kernels", "--backend cuda"),
+    Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --tuning {a}", 2, "USAGE", "take no tuning file", "leave them out"),
+    Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --kernels {tmp}", 2, "USAGE", "no kernels", "leave them out"),
+    Fault(BUILD_WITH + "--gpu h200 --random-weights 0 --backend cuda --kernels {tmp}/none", 66, "INPUT_MISSING", "none: No such file"),
+    Fault(BUILD_WITH + "--gpu h200 --random-weights 0 --backend cuda --kernels {a}", 66, "INPUT_MISSING", "Not a directory"),
+    Fault(BUILD_WITH + "--gpu cpu --random-weights 0 --max-batch 2", 2, "USAGE", "any number of pairs", "leave out --max-batch"),
     *[
         Fault(f"tune {arguments}", 2, "USAGE", "in one go, or in two steps", "smc tune BUNDLE --out FILE")
         for arguments in (
@@ -412,6 +443,8 @@ FAULTS = [
         )
     ],
     Fault("tune {bundle} --out {tmp}/x.json", 2, "USAGE", "is a onnxruntime plan, which has nothing to tune", "--backend cuda"),
+    Fault("tune {bundle} --out {tmp}/x.txt", 2, "USAGE", "ends in .json"),
+    Fault("tune {bundle} --out {tmp}/none/x.json", 73, "CANNOT_WRITE", "its folder is missing"),
     Fault("tune {tmp}/none --prepare {tmp}/x", 66, "INPUT_MISSING", "No such file"),
     Fault("tune --candidates {tmp} --out {tmp}/x.json", 65, "BAD_INPUT", "no candidates that can be timed", "--prepare"),
     Fault("build --gpu cpu --random-weights 0 --out {tmp}", 73, "CANNOT_WRITE", "holds files and is no bundle"),
@@ -469,6 +502,12 @@ def test_help_and_version(run: Run) -> None:
     bare = run()
     assert (bare.status, bare.out) == (2, "")
     assert bare.err.startswith("Usage: smc")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_image_that_may_not_be_read(run: Run, tiny_bundle: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "secret.png").touch(mode=0)
+    run("match", tmp_path / "secret.png", pair[1], "--bundle", tiny_bundle).check_error(66, "INPUT_MISSING", "Permission denied")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -65,6 +65,12 @@ def test_what_is_not_installed_is_named(absent: str, subject: str, state: str, f
     assert finding(subject) == Finding(subject, state, f"lacks {absent}", fix)  # type: ignore[arg-type]
 
 
+def test_a_triton_that_is_too_old_is_no_compiler_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "3.7.1")
+    wanted = Finding("building CUDA plans", "absent", "triton 3.7.1 is too old", "pip install 'triton>=3.9'")
+    assert finding("building CUDA plans") == wanted
+
+
 @pytest.mark.parametrize(("gib", "state"), [(4, "missing"), (11.9, "missing"), (12, "ok"), (64, "ok")])
 def test_memory(gib: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(gib * 2**30 / 4096)}.__getitem__)

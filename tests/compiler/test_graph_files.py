@@ -42,6 +42,7 @@ def test_a_graph_survives_writing_and_reading(model: onnx.ModelProto, file: Path
     write_graph(graph, tmp_path / "out", "encoder")
     files = {path.name: memoryview(path.read_bytes()) for path in (tmp_path / "out").iterdir()}
     assert files.keys() == {"encoder.onnx", f"encoder{WEIGHTS_SUFFIX}"}
+    assert graph.name == "encoder"
     x = normal(5, 64)
     for loaded in (graph, read_graph(files, "encoder")):
         np.testing.assert_array_equal(run(loaded, x), run(model, x))
@@ -91,6 +92,38 @@ def test_weights_outside_the_models_folder_are_refused(kind: str, relative: bool
         read_onnx(Path("m.onnx") if relative else folder / "m.onnx")
 
 
+@pytest.mark.parametrize("place", ["constant", "subgraph", "weight of a subgraph", "function"])
+def test_values_of_nodes_in_other_files_are_refused(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries that would load them look in the working directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("secret.bin").write_bytes(np.full(4, 7, np.int64).tobytes())
+    values = TensorProto(name="values", data_type=TensorProto.INT64, dims=[4], data_location=TensorProto.EXTERNAL)
+    values.external_data.add(key="location", value="secret.bin")
+    constant = helper.make_node("Constant", [], ["values"], name="held", value=values)
+    total = helper.make_node("Add", ["x", "values"], ["y"], name="total")
+    x, y, inner = (helper.make_tensor_value_info(name, TensorProto.INT64, [4]) for name in ("x", "y", "inner"))
+    nodes, functions = [constant, total], []
+    if "subgraph" in place:
+        makes, held = ([constant], []) if place == "subgraph" else ([], [values])
+        body = helper.make_graph([*makes, helper.make_node("Identity", ["values"], ["inner"])], "body", [], [inner], held)
+        condition = helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True)))
+        nodes = [condition, helper.make_node("If", ["yes"], ["chosen"], name="held", then_branch=body, else_branch=body)]
+        nodes.append(helper.make_node("Add", ["x", "chosen"], ["y"]))
+    elif place == "function":
+        opset = [helper.make_opsetid("", 23)]
+        functions = [helper.make_function("own", "held", ["x"], ["y"], [constant, total], opset)]
+        nodes = [helper.make_node("held", ["x"], ["y"], domain="own")]
+    graph = helper.make_graph(nodes, "g", [x], [y])
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("own", 1)]
+    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
+    for folder in (tmp_path, tmp_path / "here"):  # also where they would be found
+        (folder / "m.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(smc.BadInput, match=r"m\.onnx: values in held lie in another file") as caught:
+            read_onnx(folder / "m.onnx")
+        assert "onnx.save_model" in caught.value.fix
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(smc.InputMissing, match=r"none\.onnx"):
         read_onnx(tmp_path / "none.onnx")
@@ -116,7 +149,7 @@ def test_weights_that_are_cut_short_are_refused(file: Path) -> None:
 
 def test_an_old_opset_is_refused_with_the_reason(tmp_path: Path) -> None:
     b = Builder(opset=16)
-    b.output(b.op("Relu", b.input("x", [2])))
+    b.output(b.op("Add", b.input("x", [2]), weights(2)))
     onnx.save_model(b.model(), tmp_path / "old.onnx")
     with pytest.raises(smc.BadInput, match=r"old\.onnx: .*opset 16.*17 or newer"):
         import_graph(read_onnx(tmp_path / "old.onnx"), "old.onnx")

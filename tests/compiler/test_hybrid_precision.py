@@ -22,7 +22,6 @@ from smc.compiler.export import export_decoder, export_encoder
 from smc.compiler.graph_runner import GraphRunner
 from smc.compiler.verify import match_set
 from smc.exported.images import load_view
-from smc.passes.base import run_passes
 from smc.passes.flash_match import FlashMatch
 from smc.passes.fold_permutation import FoldPermutation
 from smc.passes.hybrid_cast import HybridCast, HybridCastReport
@@ -81,7 +80,8 @@ def extreme_weights() -> Weights:
 
 def graph(model: ir.Model) -> gs.Graph:
     prepared = prepare(ir.to_proto(model))
-    run_passes(prepared, [FlashMatch(), RotaryFusion(), FoldPermutation()])
+    for one in (FlashMatch(), RotaryFusion(), FoldPermutation()):
+        one(prepared)
     return prepared
 
 

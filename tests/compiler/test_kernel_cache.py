@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import hashlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import psutil
 import pytest
 
 from smc.compiler import kernel_cache
 from smc.compiler.kernel_cache import KernelCache
+from smc.exported.errors import BackendFailed
 from smc.plugins import compile as compiling
 from smc.plugins.compile import Compiled, TileBlock, fingerprint
 from smc.plugins.elementwise.launches import default_tile, launches
@@ -37,59 +47,114 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 def test_what_was_compiled_is_not_compiled_again(compiler: Mock, tmp_path: Path) -> None:
     kernels = [kernel(16), kernel(32), kernel(64)]
-    first = KernelCache(tmp_path).compile_all(kernels, 90)
+    first = KernelCache(tmp_path).try_all(kernels, 90)
     assert first == [made(one, 90) for one in kernels]
     assert compiler.call_count == 3
-    assert KernelCache(tmp_path).compile_all(kernels, 90) == first
+    assert KernelCache(tmp_path).try_all(kernels, 90) == first
     assert compiler.call_count == 3
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_only_what_is_missing_is_compiled_and_the_order_stays(compiler: Mock, tmp_path: Path) -> None:
-    KernelCache(tmp_path).compile_all([kernel(32)], 90)
-    found = KernelCache(tmp_path).compile_all([kernel(16), kernel(32), kernel(64)], 90)
+    KernelCache(tmp_path).try_all([kernel(32)], 90)
+    found = KernelCache(tmp_path).try_all([kernel(16), kernel(32), kernel(64)], 90)
     assert [one.name for one in found] == ["kernel_16", "kernel_32", "kernel_64"]
     assert compiler.call_count == 3
 
 
 def test_without_a_directory_nothing_is_kept(compiler: Mock) -> None:
     for _ in range(2):
-        KernelCache(None).compile_all([kernel()], 90)
+        KernelCache(None).try_all([kernel()], 90)
     assert compiler.call_count == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xc1", b"\x80", b"half"])
-def test_a_damaged_entry_is_compiled_again_and_replaced(compiler: Mock, tmp_path: Path, damage: bytes) -> None:
+def flipped(entry: bytes, at: int) -> bytes:
+    return entry[:at] + bytes([entry[at] ^ 1]) + entry[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: b"",
+        lambda entry: entry[: len(entry) // 2],
+        lambda entry: flipped(entry, 0),
+        lambda entry: flipped(entry, entry.index(made(kernel(), 90).cubin) + 5),
+        lambda entry: entry[32:],
+        lambda entry: hashlib.sha256(b"\x80").digest() + b"\x80",
+    ],
+    ids=["empty", "half", "a bit of the digest", "a bit of the code", "no digest", "of another kind"],
+)
+def test_a_damaged_entry_is_compiled_again_and_replaced(compiler: Mock, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     cache = KernelCache(tmp_path)
-    (first,) = cache.compile_all([kernel()], 90)
+    (first,) = cache.try_all([kernel()], 90)
     (entry,) = tmp_path.iterdir()
-    entry.write_bytes(entry.read_bytes()[: len(entry.read_bytes()) // 2] if damage == b"half" else damage)
-    assert cache.compile_all([kernel()], 90) == [first]
+    entry.write_bytes(damage(entry.read_bytes()))
+    assert cache.try_all([kernel()], 90) == [first]
     assert compiler.call_count == 2
-    assert cache.compile_all([kernel()], 90) == [first]
+    assert cache.try_all([kernel()], 90) == [first]
     assert compiler.call_count == 2
+
+
+@pytest.mark.parametrize("directory", ["file/kernels", "directory"])
+def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(compiler: Mock, tmp_path: Path, directory: str) -> None:
+    """As in a container whose home is read-only: in a directory that cannot be made, and where an entry cannot be put in its place."""
+    (tmp_path / "file").touch()
+    kernels = [kernel(16), kernel(32), kernel(64)]
+    taken = [tmp_path / "directory" / kernel_cache._name(fingerprint(one, 90)) for one in kernels]
+    for path in taken:
+        (path / "in its place").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="compiled kernels cannot be kept") as warned:
+        assert KernelCache(tmp_path / directory).try_all(kernels, 90) == [made(one, 90) for one in kernels]
+    assert len(warned) == 1
+    assert sorted((tmp_path / "directory").iterdir()) == sorted(taken), "nothing was left behind"
+
+
+def test_others_may_read_what_the_umask_lets_them(compiler: Mock, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        KernelCache(tmp_path).try_all([kernel()], 90)
+    finally:
+        os.umask(before)
+    (entry,) = tmp_path.iterdir()
+    assert entry.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_library_is_asked_first_whatever_triton_filled_it(compiler: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the kernels of the machine that timed them, which has an older Triton."""
     library = tmp_path / "library"
     monkeypatch.setattr(kernel_cache, "compiler_version", lambda: "1.2.3")
-    (theirs,) = KernelCache(library).compile_all([kernel()], 90)
+    (theirs,) = KernelCache(library).try_all([kernel()], 90)
     monkeypatch.undo()
     monkeypatch.setattr(kernel_cache, "compile_kernel", Mock(side_effect=AssertionError))
-    assert KernelCache(tmp_path / "own", library).compile_all([kernel()], 90) == [theirs]
+    assert KernelCache(tmp_path / "own", library).try_all([kernel()], 90) == [theirs]
     assert not (tmp_path / "own").exists(), "nothing was compiled, so nothing is kept"
 
 
+def test_of_several_versions_in_a_library_ones_own_is_taken_and_else_the_first(
+    compiler: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "library"
+    for version in ("2", "3", "1"):
+        monkeypatch.setattr(kernel_cache, "compiler_version", lambda version=version: version)
+        compiler.side_effect = lambda one, sm, version=version: replace(made(one, sm), name=version)
+        KernelCache(library).try_all([kernel()], 90)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(sorted(library.iterdir(), key=lambda path: path.name[::-1], reverse=True)))
+    for own, taken in (("1", "1"), ("2", "2"), ("3", "3"), ("4", "1")):
+        monkeypatch.setattr(kernel_cache, "compiler_version", lambda own=own: own)
+        (found,) = KernelCache(None, library).try_all([kernel()], 90)
+        assert isinstance(found, Compiled)
+        assert found.name == taken
+
+
 def test_another_triton_does_not_find_its_own_kernels(compiler: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    KernelCache(tmp_path).compile_all([kernel()], 90)
+    KernelCache(tmp_path).try_all([kernel()], 90)
     monkeypatch.setattr(kernel_cache, "compiler_version", lambda: "1.2.3")
-    KernelCache(tmp_path).compile_all([kernel()], 90)
+    KernelCache(tmp_path).try_all([kernel()], 90)
     assert compiler.call_count == 2
 
 
 def test_a_library_that_is_not_there_is_none(compiler: Mock, tmp_path: Path) -> None:
-    KernelCache(tmp_path, tmp_path / "absent").compile_all([kernel()], 90)
+    KernelCache(tmp_path, tmp_path / "absent").try_all([kernel()], 90)
     assert compiler.call_count == 1
 
 
@@ -131,8 +196,6 @@ def test_a_kernel_that_does_not_compile_leaves_the_others(compiler: Mock, tmp_pa
     assert isinstance(error, ValueError)
     assert compiled == made(kernel(32), 90)
     assert len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(ValueError, match="does not compile"):
-        KernelCache(tmp_path).compile_all([kernel(16), kernel(32)], 90)
 
 
 def test_many_kernels_are_compiled_by_workers(tmp_path: Path) -> None:
@@ -141,7 +204,62 @@ def test_many_kernels_are_compiled_by_workers(tmp_path: Path) -> None:
     operations = [Elementwise(function, (size,), (view,), view) for function in ("copy", "relu", "exp", "sqrt") for size in (16, 64)]
     kernels = [launches(operation, default_tile(operation, 80), 80)[0].kernel for operation in operations]
     assert len(set(kernels)) == len(kernels)
-    compiled = KernelCache(tmp_path).compile_all(kernels, 80)
+    compiled = KernelCache(tmp_path).try_all(kernels, 80)
     assert all(one.cubin.startswith(b"\x7fELF") for one in compiled)
-    assert KernelCache(tmp_path).compile_all(kernels, 80) == compiled
+    assert KernelCache(tmp_path).try_all(kernels, 80) == compiled
     assert len(list(tmp_path.iterdir())) == len(kernels)
+
+
+def test_a_worker_that_is_killed_is_a_failure_of_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.syspath_prepend(tmp_path)  # workers look for modules where their parent does
+    with pytest.raises(BackendFailed, match="killed, perhaps for want of memory") as caught:
+        KernelCache(None).try_all([kernel(block, function="killed:kernel") for block in range(8)], 90)
+    assert "free memory" in caught.value.fix
+
+
+def test_workers_end_with_the_wait_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when SIGTERM arrives: what they are at may take a minute, and a container is killed after ten seconds."""
+    sleeps = f"import pathlib, time\ntime.sleep(20)\npathlib.Path({str(tmp_path)!r}, 'slept').touch()\n"
+    (tmp_path / "sleeping.py").write_text(sleeps)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(KernelCache, "_kept", Mock(side_effect=KeyboardInterrupt))
+    others = set(multiprocessing.active_children())
+    with pytest.raises(KeyboardInterrupt):
+        KernelCache(None).try_all([kernel(types=()), *(kernel(block, function="sleeping:kernel") for block in range(8))], 90)
+    assert not (tmp_path / "slept").exists()
+    assert set(multiprocessing.active_children()) <= others
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_there_are_as_many_workers_as_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Mock(side_effect=BrokenProcessPool)
+    monkeypatch.setattr(kernel_cache, "ProcessPoolExecutor", workers)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 8})
+    with pytest.raises(BackendFailed, match="up to 3 at once"):
+        KernelCache(None).try_all([kernel(block) for block in range(8)], 90)
+    assert workers.call_args.args[0] == 3
+
+
+WORKER = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from smc.compiler.kernel_cache import _prepare_worker
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, context, initializer=_prepare_worker, initargs=(sys.argv[1], os.getpid()))
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(WORKER)
+    with subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    worker.wait(timeout=60)

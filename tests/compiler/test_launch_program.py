@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from smc.compiler.launch_program import ALIGNMENT, KernelTable, Place, assemble, itemsize
+from smc.exported.engines import cuda_program
 from smc.exported.engines.cuda_program import Float32, Int32, Pointer, Step, TensorMap, decode_plan, encode_plan
+from smc.plugins import launch as plugin_launch
 from smc.plugins.launch import Address, Descriptor, Launch, Value, launch
 from tests.compiler.lowering.compiling import MadeUpKernels
 
@@ -88,6 +90,12 @@ def test_a_plan_survives_its_file() -> None:
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float16", 2), ("float32", 4), ("uint8", 1), ("int64", 8)])
 def test_sizes_of_types(dtype: str, size: int) -> None:
     assert itemsize(dtype) == size
+
+
+def test_kernels_and_plans_have_the_same_types() -> None:
+    """Neither folder may import the other's table."""
+    assert plugin_launch.TYPES.keys() == cuda_program.ITEMSIZES.keys()
+    assert plugin_launch.ITEMSIZES.items() <= cuda_program.ITEMSIZES.items()
 
 
 def test_a_number_of_another_kind_is_no_argument() -> None:

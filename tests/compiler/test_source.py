@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -12,7 +13,8 @@ import pytest
 import smc
 from smc.compiler import verify
 from smc.compiler.build import BuildRequest, build
-from smc.compiler.source import MAPS, OnnxSource
+from smc.compiler.graph_files import import_graph
+from smc.compiler.source import MAPS, STAGES, OnnxSource
 from tests.passes.graphs import Builder, weights
 
 
@@ -93,6 +95,103 @@ def test_what_is_no_encoder_and_decoder_is_refused(kind: str, files: tuple[Path,
     onnx.save_model(second, files[1])
     with pytest.raises(smc.BadInput, match=message):
         OnnxSource(*files)
+
+
+def set_shape(value: onnx.ValueInfoProto, sizes: list[int | str | None] | None) -> None:
+    """State another shape; None for a dimension without a name, or for no shape at all."""
+    kind = value.type.tensor_type
+    value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind.elem_type, sizes))
+
+
+def test_dimensions_without_names_get_some(files: tuple[Path, Path]) -> None:
+    first, second = map(onnx.load, files)
+    set_shape(first.graph.input[0], [None, None, None, "w"])
+    set_shape(second.graph.input[0], [None, None, None, 64])
+    set_shape(second.graph.input[1], ["unk__7", "", "cols", 64])
+    onnx.save_model(first, files[0])
+    onnx.save_model(second, files[1])
+    models = OnnxSource(*files).export(lambda what, done: None)
+    shapes = [[str(size) for size in value.shape or ()] for stage in STAGES for value in models[stage].graph.inputs]
+    assert shapes == [["batch", "3", "height", "w"], ["batch", "rows1", "cols1", "64"], ["batch", "rows2", "cols", "64"]]
+
+
+def test_what_a_file_says_of_its_outputs_is_not_believed(files: tuple[Path, Path]) -> None:
+    """torch's older exporter states the shapes of the example's outputs, unless it is told that these are dynamic as well."""
+    model = onnx.load(files[0])
+    set_shape(model.graph.output[0], [1, 6, 8, 64])
+    onnx.save_model(model, files[0])
+    source = OnnxSource(*files)
+    graph = import_graph(source.export(lambda what, done: None)["encoder"], "encoder")
+    assert not any(isinstance(size, int) for size in graph.outputs[0].shape[:3])
+    (outputs,) = source.run(list(verify.sample_pairs([(64, 80)])), lambda what, done: None)
+    assert outputs["features1"].shape == (4, 5, 64)
+
+
+def test_weights_of_bfloat16_may_lie_in_a_file(files: tuple[Path, Path]) -> None:
+    model = onnx.load(files[0])
+    (weight,) = model.graph.initializer
+    values = onnx.numpy_helper.to_array(weight).astype(ml_dtypes.bfloat16)
+    narrow = onnx.numpy_helper.from_array(values, "narrow")
+    model.graph.initializer.append(narrow)
+    model.graph.initializer.remove(weight)
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["narrow"], [weight.name], to=onnx.TensorProto.FLOAT))
+    onnx.save_model(model, files[0], save_as_external_data=True, location="enc.weights")
+    first = OnnxSource(*files).info.checkpoint_sha256
+    data = files[0].with_name("enc.weights")
+    data.write_bytes(data.read_bytes()[::-1])
+    assert OnnxSource(*files).info.checkpoint_sha256 != first
+
+
+def test_a_decoder_must_state_the_rank_of_what_it_takes(files: tuple[Path, Path]) -> None:
+    model = onnx.load(files[1])
+    for sizes, message in ((None, "has no shape"), (["n", 64], r"has the shape \(n, 64\)")):
+        set_shape(model.graph.input[1], sizes)
+        onnx.save_model(model, files[1])
+        with pytest.raises(smc.BadInput, match=rf"dec\.onnx: its input feat1 {message}, \(batch, rows, cols, channels\) or"):
+            OnnxSource(*files)
+
+
+def test_features_of_another_layout_are_refused(files: tuple[Path, Path]) -> None:
+    model = onnx.load(files[0])
+    model.graph.node[-1].CopyFrom(onnx.helper.make_node("Identity", model.graph.node[-1].input, model.graph.node[-1].output))
+    set_shape(model.graph.output[0], None)
+    onnx.save_model(model, files[0])
+    found, wanted = r"float32 \(1, 64, 6, 8\)", r"float32 \(1, 6, 8, channels\) or \(1, 48, channels\)"
+    with pytest.raises(smc.BadInput, match=rf"enc\.onnx: its features of an image of 128x96 are {found}; {wanted} was expected"):
+        OnnxSource(*files).run(list(verify.sample_pairs([(96, 128)])), lambda what, done: None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sizes", "message"),
+    [
+        ("encoder", ["n", 3, 64, "w"], r"enc\.onnx: its input img takes \(n, 3, 64, w\), .* 128x96 it is given \(1, 3, 96, 128\)"),
+        ("decoder", [1, 6, 9, 64], r"dec\.onnx: its input feat1 takes \(1, 6, 9, 64\), .* 128x96 it is given \(1, 6, 8, 64\)"),
+    ],
+)
+def test_files_of_other_shapes_are_refused(stage: str, sizes: list[int | str | None], message: str, files: tuple[Path, Path]) -> None:
+    file = files[STAGES.index(stage)]
+    model = onnx.load(file)
+    set_shape(model.graph.input[-1], sizes)
+    onnx.save_model(model, file)
+    with pytest.raises(smc.BadInput, match=message) as caught:
+        OnnxSource(*files).run(list(verify.sample_pairs([(96, 128)])), lambda what, done: None)
+    assert "--shape" in caught.value.fix
+
+
+def test_a_file_that_computes_in_float16_is_not_built_in_float32(files: tuple[Path, Path], tmp_path: Path) -> None:
+    model = onnx.load(files[0])
+    cast, patches, _ = model.graph.node
+    patches.name = "patches"
+    cast.attribute[0].i = onnx.TensorProto.FLOAT16
+    weight = model.graph.initializer[0]
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight).astype(np.float16), weight.name))
+    narrow = patches.output[0]
+    patches.output[0] = "narrow"
+    model.graph.node.insert(2, onnx.helper.make_node("Cast", ["narrow"], [narrow], to=onnx.TensorProto.FLOAT))
+    onnx.save_model(model, files[0])
+    with pytest.raises(smc.BadInput, match=r"encoder: the model itself computes in float16, by .* is to be in float32") as caught:
+        build(BuildRequest(gpu="cpu", out=tmp_path / "out", onnx=files, shapes=[(96, 128)]))
+    assert caught.value.fix == "export the model in float32"
 
 
 def test_a_shape_that_the_files_do_not_take_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:

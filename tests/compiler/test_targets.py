@@ -101,6 +101,10 @@ def test_our_own_kernels_are_for_gpus_from_compute_capability_8(target: Target, 
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
         assert cuda.refusal(target) == ""
         assert choose_backend(target, "cuda") is cuda
+        monkeypatch.setattr(cuda, "version", lambda: "3.7.1")
+        assert cuda.refusal(target) == "Triton 3.7.1 is too old to compile its kernels, which takes 3.9"
+        monkeypatch.setattr(cuda, "version", lambda: "3.10.0+git")
+        assert cuda.refusal(target) == ""
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS.values() if not t.refusal], ids=lambda target: target.name)

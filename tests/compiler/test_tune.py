@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from smc.compiler.targets import TARGETS
 from smc.compiler.tuning import Tuning, describe, tile_fields
 from smc.exported.engines import cuda_memory
 from smc.exported.engines.cuda_program import decode_plan
-from smc.exported.errors import BackendFailed, BadInput, UsageError
+from smc.exported.errors import BackendFailed, BadInput, CannotWrite, UsageError
 from smc.plugins.gemm.specification import Gemm
 from smc.plugins.matching.specification import Matching
 from tests.compiler.lowering.compiling import MadeUpKernels
@@ -83,6 +84,14 @@ def test_a_bundle_of_another_backend_has_nothing_to_tune(tiny_bundle: Path, tmp_
     with pytest.raises(UsageError, match="onnxruntime plan, which has nothing to tune"):
         tune.prepare(tiny_bundle, tmp_path / "job", tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["encoder.onnx/job", "job"])
+def test_a_directory_that_cannot_be_written(place: str, bundle: Path) -> None:
+    (bundle / "job" / "job.json").mkdir(parents=True)
+    with pytest.raises(CannotWrite, match=re.escape(f"writing {bundle / place}")) as caught:
+        tune.prepare(bundle, bundle / place, bundle / "cache")
+    assert caught.value.fix == "choose another --prepare"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b'{"gpu": "h200"}'])

@@ -166,6 +166,36 @@ def test_a_file_that_cannot_be_read(content: str, tmp_path: Path) -> None:
         read_tuning(tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("operation", [product(), convolution(), Matching((48, 64), (48, 64))], ids=lambda one: type(one).__name__)
+def test_numbers_that_cut_nothing(operation: Any, number: int) -> None:
+    whole = tile_fields(default_tile(operation, 90))
+    for name, value in whole.items():
+        if type(value) is int and value > 0:
+            known = TuningFile("h200", 90, "2025-01-01", {}, {describe(operation): Tuned({**whole, name: number}, 1.0)})
+            with pytest.raises(BadInput, match=f"no tile of {type(operation).__name__} in .*{name} is {number}"):
+                Tuning(90, known)
+
+
+def test_zero_stands_for_none_where_it_is_the_default() -> None:
+    tile = replace(chosen(product()), programs=0)
+    known = TuningFile("h200", 90, "2025-01-01", {}, {describe(product()): Tuned(tile_fields(tile), 1.0)})
+    assert Tuning(90, known).tile(product()) == tile
+
+
+@pytest.mark.parametrize("size", ["0", "9" * 100, "9" * 5000, "000"])
+def test_an_operation_of_no_size(size: str) -> None:
+    key = describe(product()).replace("m=768", f"m={size}")
+    known = TuningFile("h200", 90, "2025-01-01", {}, {key: Tuned(tile_fields(chosen(product())), 1.0)})
+    with pytest.raises(BadInput, match="the tuning file has an impossible operation, Gemm"):
+        Tuning(90, known)
+
+
+def test_what_is_empty_is_similar_to_nothing() -> None:
+    full, empty = (Elementwise("copy", (rows, 32), (View("float16", (32, 1)),), View("float16", (32, 1))) for rows in (64, 0))
+    assert Tuning(90, file(full)).tile(empty) == default_tile(empty, 90)
+
+
 @pytest.mark.parametrize(
     "tile",
     [{}, {"block_m": "many"}, {"kind": "Tile"}, {"kind": "ConvTileOfTomorrow"}, {"kind": "launches"}, {"kind": "Address"}, {"kind": 7}],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import mmap
 import os
 import re
 import shutil
@@ -10,6 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,7 +142,8 @@ def test_what_is_no_bundle(tmp_path: Path, bundle: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
-    for name in ("absent", "absent/deeper", "file", "file/deeper", "empty", "dangling", "loop", "x" * 256):
+    paths = ("absent", "absent/deeper", "file", "file/deeper", "empty", "dangling", "loop")
+    for name in (*paths, "x" * 256, "nul\0", "half of a pair \ud800"):
         for read in (open_bundle, read_manifest):
             with pytest.raises(InputMissing) as caught:
                 read(tmp_path / name)
@@ -189,6 +194,83 @@ def test_a_bundle_larger_than_memory(bundle: Path) -> None:
     run = subprocess.run([sys.executable, "-c", script, str(bundle)], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("75 ")
     assert f"{size:,}" in run.stdout
+
+
+def test_what_a_refused_bundle_took_is_freed_with_the_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory(mmap.mmap):
+        """As `mmap.mmap`, but one may have weak references to it."""
+
+    taken = []
+
+    def allocate(path: Path, size: int) -> memoryview:
+        memory = Memory(-1, size)
+        taken.append(weakref.ref(memory))
+        return memoryview(memory)
+
+    monkeypatch.setattr(bundle_module, "_allocate", allocate)
+    flip(bundle / "encoder.weights", 0)
+    gc.disable()  # which would free it sooner or later
+    try:
+        with pytest.raises(BundleDamaged):
+            open_bundle(bundle)
+        deadline = time.monotonic() + 60
+        while any(memory() for memory in taken) and time.monotonic() < deadline:
+            time.sleep(0.001)  # the readers' threads are about to end
+        assert taken
+        assert not any(memory() for memory in taken)
+    finally:
+        gc.enable()
+
+
+def test_no_file_is_read_any_more_when_one_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = [], []
+
+    def read(path: Path, directory: int, name: str, info: FileInfo) -> memoryview:
+        if name == "encoder.onnx":
+            raise BundleDamaged(name)
+        begun.append(name)
+        time.sleep(0.1)
+        os.fstat(directory)  # still open
+        ended.append(name)
+        return memoryview(b"")
+
+    monkeypatch.setattr(bundle_module, "_read_verified", read)
+    with pytest.raises(BundleDamaged, match=r"encoder\.onnx"):
+        open_bundle(bundle)
+    assert sorted(ended) == sorted(begun)
+
+
+@pytest.mark.parametrize("files", [0, 1, 3, 50])
+def test_any_number_of_files(tmp_path: Path, files: int) -> None:
+    contents = {f"file{i}": bytes([i]) * (100 * i) for i in range(files)} | FILES
+    write_bundle(tmp_path / "bundle", contents)
+    assert open_bundle(tmp_path / "bundle").files == contents
+
+
+def test_without_further_threads_a_bundle_is_read_all_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert open_bundle(bundle).files == FILES
+    flip(bundle / "decoder.onnx", 0)
+    with pytest.raises(BundleDamaged, match=r"decoder\.onnx"):
+        open_bundle(bundle)
+
+
+def test_a_bundle_is_loaded_after_the_main_thread_has_ended(tiny_bundle: Path) -> None:
+    script = """
+import sys, threading, time
+import smc
+def late():
+    threading.main_thread().join()
+    time.sleep(0.2)
+    smc.load(sys.argv[1])
+    print("loaded")
+threading.Thread(target=late).start()
+"""
+    found = subprocess.run([sys.executable, "-P", "-c", script, str(tiny_bundle)], capture_output=True, text=True, timeout=120, check=True)
+    assert (found.stdout, found.stderr) == ("loaded\n", "")
 
 
 def test_the_bytes_stay_those_that_were_verified(bundle: Path) -> None:

@@ -11,15 +11,15 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 
-from cuda.bindings import driver, runtime
+from cuda.bindings import driver
 
 from smc.exported.engines import cuda_launch, cuda_memory
 from smc.exported.engines.cuda_launch import Kernels, capture, check, enqueue
 from smc.exported.engines.cuda_program import Argument, Float32, Int32, KernelCode, Pointer, Program, Step, TensorMap
 from smc.exported.errors import BackendFailed, OutOfMemory
+from tests.exported.test_cuda_memory import fake_captures
 
 SUCCESS = driver.CUresult.CUDA_SUCCESS
-DONE = runtime.cudaError_t.cudaSuccess
 BASES: dict[Any, int] = {"arena": 1 << 40, "weights": 1 << 41}
 KERNELS = (KernelCode("small", 0, 4, 128, 1000), KernelCode("large", 4, 6, 256, 100_000))
 CODE = b"abcdefghij"
@@ -221,16 +221,8 @@ def test_lanes_begin_and_end_with_the_stream_and_wait_for_what_they_need(gpu: Dr
 
 
 def test_a_capture_loads_kernels_and_makes_events_before_it_begins(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin(stream: Any) -> tuple[Any]:
-        captures.append((len(gpu.loaded), gpu.events))
-        return (DONE,)
-
-    def end(stream: Any) -> tuple[Any, str]:
-        captures.append((len(gpu.loaded), gpu.events))
-        return DONE, "captured"
-
     captures: list[tuple[int, int]] = []
-    fake_captures(monkeypatch, begin, end)
+    fake_captures(monkeypatch, lambda moment: captures.append((len(gpu.loaded), gpu.events)))
     steps = Step(0, (1, 1, 1), ()), Step(1, (1, 1, 1), (), lane=1), Step(0, (1, 1, 1), (), waits=(1,))
     capture(program(*steps), Kernels(CODE, KERNELS), BASES, gpu.main)
     assert captures[0] == captures[1]
@@ -238,7 +230,7 @@ def test_a_capture_loads_kernels_and_makes_events_before_it_begins(gpu: Driver, 
 
 
 def test_a_graph_keeps_its_kernels_loaded(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_captures(monkeypatch, lambda stream: (DONE,), lambda stream: (DONE, "captured"))
+    fake_captures(monkeypatch)
     kernels = Kernels(CODE, KERNELS)
     graph = capture(program(Step(0, (1, 1, 1), ())), kernels, BASES, gpu.main)
     del kernels
@@ -247,16 +239,13 @@ def test_a_graph_keeps_its_kernels_loaded(gpu: Driver, monkeypatch: pytest.Monke
     assert gpu.unloaded == [b"abcd"]
 
 
-def fake_captures(monkeypatch: pytest.MonkeyPatch, begin: Any, end: Any) -> None:
-    """CUDA's calls for graphs, with other beginnings and ends."""
-    for name, call in {
-        "cudaStreamBeginCapture": lambda stream, mode: begin(stream),
-        "cudaStreamEndCapture": end,
-        "cudaGraphInstantiate": lambda captured, flags: (DONE, "graph"),
-        "cudaGraphDestroy": lambda graph: (DONE,),
-        "cudaGraphExecDestroy": lambda graph: (DONE,),
-    }.items():
-        monkeypatch.setattr(cuda_memory.cudart, name, call)
+def test_kernels_are_not_unloaded_while_work_is_captured(gpu: Driver) -> None:
+    kernels = Kernels(CODE, KERNELS)
+    kernels[0]
+    with cuda_memory.WHOLE_GPU.held():
+        del kernels
+        assert gpu.unloaded == []
+    assert gpu.unloaded == [b"abcd"]
 
 
 def test_kernels_are_loaded_once_and_told_of_much_shared_memory(gpu: Driver) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +90,22 @@ def test_idle_blocks_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held.nbytes == 80
 
 
+def test_page_locked_memory_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudart, "cudaHostAlloc", lambda nbytes, flags: (NO_MEMORY, 0))
+    with pytest.raises(OutOfMemory, match=r"allocating page-locked memory: .*; 1,073,741,824 bytes are needed$") as caught:
+        cuda.pinned_array(cuda.pinned_pool(), (1 << 30,), np.uint8)
+    assert "GPU" not in caught.value.fix
+    assert "host" in caught.value.fix
+
+
+def test_empty_arrays_have_an_address_too() -> None:
+    """Which CUDA gives to no memory of 0 bytes."""
+    memory = HostMemory()
+    pool = cuda.MemoryPool("host memory", lambda nbytes: memory.allocate(nbytes) if nbytes else (SUCCESS, 0), memory.free)
+    assert cuda.pinned_array(pool, (0, 2), np.int64).shape == (0, 2)
+    assert cuda.DeviceArray(pool, (0, 3), np.float32).address
+
+
 def test_lent_memory_is_used_again_only_when_others_are_done_with_it() -> None:
     memory = HostMemory()
     waited = []
@@ -115,6 +136,57 @@ def test_lent_memory_is_freed_with_its_pool_and_to_make_room() -> None:
     del held, pool
     gc.collect()
     assert not memory.blocks
+
+
+@pytest.mark.parametrize("thread", ["its own", "another"])
+def test_what_goes_during_a_capture_is_freed_after_it(monkeypatch: pytest.MonkeyPatch, thread: str) -> None:
+    """In whichever thread it goes, which does not wait: the capture may need what that thread holds."""
+
+    def free(address: int) -> None:
+        order.append("freed")
+        memory.free(address)
+
+    def enqueue() -> None:
+        if thread == "its own":
+            pools.clear()
+            return
+        other = threading.Thread(target=pools.clear, daemon=True)
+        other.start()
+        other.join(timeout=20)
+        assert not other.is_alive()
+
+    order: list[str] = []
+    fake_captures(monkeypatch, order.append)
+    memory = HostMemory()
+    pools = [cuda.MemoryPool("host memory", memory.allocate, free)]
+    pools[0].take(64)
+    cuda.Graph(SimpleNamespace(handle=7), enqueue)  # type: ignore[arg-type]
+    assert order == ["begun", "ended", "freed"]
+    assert not memory.blocks
+
+
+def fake_captures(monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], object] = lambda moment: None) -> None:
+    """CUDA's calls for graphs, which tell when a capture has "begun" and "ended"."""
+    for name, call in {
+        "cudaStreamBeginCapture": lambda stream, mode: (tell("begun"), (SUCCESS,))[1],
+        "cudaStreamEndCapture": lambda stream: (tell("ended"), (SUCCESS, "captured"))[1],
+        "cudaGraphInstantiate": lambda captured, flags: (SUCCESS, "graph"),
+        "cudaGraphDestroy": lambda graph: (SUCCESS,),
+        "cudaGraphExecDestroy": lambda graph: (SUCCESS,),
+    }.items():
+        monkeypatch.setattr(cudart, name, call)
+
+
+def test_cleaning_up_waits_for_the_outermost() -> None:
+    whole_gpu, done = cuda._WholeGpu(), list[int]()
+    with whole_gpu.held():
+        with suppress(KeyError), whole_gpu.held():
+            whole_gpu.clean_up(done.append, 1)
+            raise KeyError
+        assert not done
+    assert done == [1]
+    whole_gpu.clean_up(whole_gpu.clean_up, done.append, 2)  # something is collected while something else is freed
+    assert done == [1, 2]
 
 
 def test_pools_serve_threads() -> None:
@@ -187,16 +259,20 @@ def test_rows_of_a_device_array_are_in_its_memory() -> None:
 
 
 class Gpus:
-    """The thread's GPU, and those that have a context, as CUDA keeps them."""
+    """A thread's GPU, and those that have a context, as CUDA keeps them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, current: int, used: set[int]) -> None:
-        self.current, self.used = current, used
+        self._first, self._chosen, self.used = current, threading.local(), used
         monkeypatch.setattr(cudart, "cudaGetDevice", lambda: (SUCCESS, self.current))
         monkeypatch.setattr(cudart, "cudaSetDevice", self.choose)
         monkeypatch.setattr(driver, "cuDevicePrimaryCtxGetState", lambda index: (driver.CUresult.CUDA_SUCCESS, 0, int(index in self.used)))
 
+    @property
+    def current(self) -> int:
+        return int(getattr(self._chosen, "index", self._first))
+
     def choose(self, index: int) -> tuple[object]:
-        self.current = index
+        self._chosen.index = index
         self.used.add(index)
         return (SUCCESS,)
 
@@ -244,6 +320,34 @@ def test_a_machine_whose_cuda_does_not_work_has_no_gpu(monkeypatch: pytest.Monke
     with pytest.raises(NoTarget, match=f"cudaError{name}") as caught:
         cuda.devices()
     assert "smc doctor" in caught.value.fix
+
+
+def test_a_process_that_was_forked_too_late_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its driver is as good as ever, and says so."""
+    refused = cudart.cudaError_t.cudaErrorInitializationError
+    answers: dict[str, Any] = {"cudaDriverGetVersion": (SUCCESS, 13020), "cudaGetDeviceCount": (refused, 0), "cudaSetDevice": (refused,)}
+    for name in answers:
+        monkeypatch.setattr(cudart, name, lambda *given, name=name: answers[name])
+    monkeypatch.setattr(cuda, "_initialised_in", None)
+
+    def refusals() -> list[NoTarget]:
+        found = []
+        for ask in (cuda.devices, lambda: cuda.use_device(0)):
+            with pytest.raises(NoTarget, match="cudaErrorInitializationError") as caught:
+                ask()
+            found.append(caught.value)
+        return found
+
+    assert all("doctor" in refusal.fix for refusal in refusals())  # a driver that does not work, forked or not
+    answers["cudaGetDeviceCount"] = SUCCESS, 0
+    cuda.devices()
+    answers["cudaGetDeviceCount"] = refused, 0
+    assert all("doctor" in refusal.fix for refusal in refusals())
+    parent = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    for refusal in refusals():
+        assert "forked" in str(refusal)
+        assert "'spawn'" in refusal.fix
 
 
 def test_other_failures_are_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +441,69 @@ def test_other_threads_may_allocate_during_a_capture(gpu: cuda.Device) -> None:
     cuda.Graph(stream, enqueue).launch(stream)
     stream.synchronize()
     assert not failures
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("thread", ["its own", "another"])
+def test_pools_may_go_during_a_capture(gpu: cuda.Device, thread: str) -> None:
+    stream, pool = cuda.Stream(), cuda.device_pool()
+    source, target = (cuda.DeviceArray(pool, (16,), np.int32) for _ in range(2))
+    others = [cuda.device_pool(), cuda.pinned_pool()]
+    for other in others:
+        other.take(1 << 20)
+    del other
+
+    def enqueue() -> None:
+        stream.copy(target.address, source.address, source.nbytes)
+        if thread == "its own":
+            others.clear()
+        else:
+            clearing = threading.Thread(target=others.clear)
+            clearing.start()
+            clearing.join()
+
+    values = np.arange(16, dtype=np.int32)
+    stream.copy(source.address, values.ctypes.data, values.nbytes)
+    stream.synchronize()
+    cuda.Graph(stream, enqueue).launch(stream)
+    stream.synchronize()
+    np.testing.assert_array_equal(np.asarray(target), values)
+
+
+FORKING = """
+import os
+from smc.exported.engines import cuda_memory as cuda
+from smc.exported.errors import NoTarget
+
+def use():
+    with cuda.on_device(index):
+        cuda.Stream()
+
+index = cuda.devices()[0].index
+use()
+child = os.fork()
+if not child:
+    for ask in (cuda.devices, use):
+        try:
+            ask()
+        except NoTarget as error:
+            print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+use()
+"""
+
+
+@pytest.mark.gpu
+def test_a_forked_process_says_that_it_is_one(gpu: cuda.Device) -> None:
+    said = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.startswith("a GPU cannot be used in a process that was forked") for line in said] == [True, True]
+
+
+@pytest.mark.gpu
+def test_empty_arrays(gpu: cuda.Device) -> None:
+    assert np.asarray(cuda.DeviceArray(cuda.device_pool(), (0, 3), np.float32)).shape == (0, 3)
+    assert cuda.pinned_array(cuda.pinned_pool(), (0, 3), np.float32).shape == (0, 3)
 
 
 @pytest.mark.gpu

@@ -105,7 +105,10 @@ def test_damaged_plans_are_refused(change: Change) -> None:
         decode_plan(json.dumps(content).encode())
 
 
-@pytest.mark.parametrize("data", [b"", b"null", b"[]", b"{}", b"\xff", b'{"kernels": []}'])
+NESTED = b'{"later": ' + 200_000 * b"[" + 200_000 * b"]" + b"}"
+
+
+@pytest.mark.parametrize("data", [b"", b"null", b"[]", b"{}", b"\xff", b'{"kernels": []}', pytest.param(NESTED, id="nested too deep")])
 def test_what_is_no_plan(data: bytes) -> None:
     with pytest.raises(BundleDamaged):
         decode_plan(data)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from smc.exported.errors import BadImage, InputMissing, UsageError
-from smc.exported.images import MAX_PIXELS, View, load_image, load_view, open_image
+from smc.exported.images import MAX_PIXELS, ExifChoice, View, load_image, load_view, open_image, trained_geometry
 from tests.conformance import load_case, make_image
 
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -186,20 +189,38 @@ def test_smallest_images_work(size: tuple[int, int]) -> None:
     np.testing.assert_allclose(pixels[:, 40, 40], [1, -1, -0.6], atol=1e-6)
 
 
-EXTREME: list[Callable[[Image.Image], Any]] = [
-    load_image,
-    lambda image: load_image(image, 224),
-    lambda image: load_view(image, SHAPES),
-    lambda image: load_view(image, [(224, 224)]),  # whose geometry is a resize to 2,240,000 by 224 pixels
+EXTREME: list[tuple[Callable[[Image.Image], Any], str]] = [
+    (load_image, "at most 33:1"),
+    (lambda image: load_image(image, 128), "at most 8:1"),
+    (lambda image: load_image(image, 224), "at most 1783:1"),
+    (lambda image: load_view(image, SHAPES), "at most 33:1"),
+    (lambda image: load_view(image, [(224, 224)]), "at most 1783:1"),  # whose geometry is a resize to 2,240,000 by 224 pixels
 ]
 
 
 @pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000)])
-@pytest.mark.parametrize("load", EXTREME)
-def test_extreme_aspect_ratio_is_refused(size: tuple[int, int], load: Callable[[Image.Image], Any]) -> None:
-    with pytest.raises(BadImage, match="aspect ratio") as caught:
+@pytest.mark.parametrize(("load", "fix"), EXTREME)
+def test_extreme_aspect_ratio_is_refused(size: tuple[int, int], load: Callable[[Image.Image], Any], fix: str) -> None:
+    with pytest.raises(BadImage, match=f"aspect ratio of {size[0]}x{size[1]} is too extreme$") as caught:
         load(Image.new("L", size))
-    assert "32:1" in caught.value.fix
+    assert caught.value.fix.endswith(fix)
+
+
+@pytest.mark.parametrize("size", [128, 224, 512])
+def test_the_ratio_that_is_advised_is_the_largest_that_is_taken(size: int) -> None:
+    with pytest.raises(BadImage) as caught:
+        trained_geometry(10_000, 1, size)
+    most = int(re.findall(r"(\d+):1$", caught.value.fix)[0])
+    for short in (1, 7, 50):
+        for width, height in ((most * short, short), (short, most * short)):
+            trained_geometry(width, height, size)
+        with pytest.raises(BadImage):
+            trained_geometry((most + 1) * short, short, size)
+
+
+@pytest.mark.parametrize("size", [(330, 10), (10, 330)])
+def test_as_extreme_as_is_advised_fits_a_small_bundle(size: tuple[int, int]) -> None:
+    assert load_view(Image.new("L", size), SHAPES).framing.shape in SHAPES
 
 
 def test_unknown_frame_is_refused() -> None:
@@ -363,6 +384,102 @@ def test_coordinates_are_in_the_declared_frame(orientation: int, deep: bool, tmp
 
     with Image.open(tmp_path / "dot.png") as image:
         np.testing.assert_array_equal(load_view(image, [(64, 96), (96, 64)]).pixels, upright.pixels)
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {},
+    "MPO": {},
+    "WEBP": {},
+    "AVIF": {},
+    "TIFF": {},
+    "TIFF, LZW": {"compression": "tiff_lzw"},
+    "TIFF, JPEG": {"compression": "jpeg"},
+    "TIFF of two frames": {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]},
+}
+"""Every format in which Pillow writes an orientation, and what it is told to."""
+
+SHOWN = np.zeros((96, 128, 3), np.uint8)
+SHOWN[:48, :64], SHOWN[:48, 64:], SHOWN[48:, :64] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def turned_file(kind: str, orientation: int) -> bytes:
+    """`SHOWN` as stored under an EXIF orientation."""
+    name = kind.partition(",")[0].partition(" ")[0]
+    Image.init()
+    if name not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {name}")
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = np.ascontiguousarray(AS_STORED[orientation](SHOWN))
+    return encoded(Image.fromarray(stored), name, exif=exif, **FORMATS[kind])
+
+
+def check_frame(image: Image.Image, orientation: int, exif: ExifChoice) -> None:
+    """The image is `SHOWN` in the frame that was asked for, within what its format loses."""
+    wanted = SHOWN if exif == "apply" else AS_STORED[orientation](SHOWN)
+    assert image.size == wanted.shape[1::-1]
+    assert np.abs(np.asarray(image).astype(int) - wanted).mean() < 10
+
+
+@pytest.mark.parametrize("orientation", AS_STORED)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_read_in_the_frame_that_was_asked_for(kind: str, orientation: int, tmp_path: Path) -> None:
+    (tmp_path / "turned").write_bytes(turned_file(kind, orientation))
+    with Image.open(tmp_path / "turned") as by_name, Image.open(BytesIO((tmp_path / "turned").read_bytes())) as by_bytes:
+        for source in (tmp_path / "turned", by_name, by_bytes):
+            for exif in ("ignore", "ignore", "apply", "apply", "ignore"):  # one image, whatever it was asked for before
+                check_frame(open_image(source, exif), orientation, exif)
+
+
+@pytest.mark.parametrize("deep", ["<u2", ">u2"])
+def test_a_deep_tiff_is_turned_back(deep: str, tmp_path: Path) -> None:
+    stored = (257 * np.arange(35)).reshape(5, 7).astype(deep)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.fromarray(stored).save(tmp_path / "deep.tiff", exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "deep.tiff", "ignore"))[..., 0], stored // 257)
+
+
+def test_a_callers_frame_of_a_tiff_is_kept() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    second = Image.fromarray(np.ascontiguousarray(AS_STORED[6](SHOWN)))
+    with Image.open(BytesIO(encoded(Image.new("RGB", (8, 8)), "TIFF", save_all=True, append_images=[second], exif=exif))) as image:
+        image.seek(1)
+        for choice in ("ignore", "apply", "ignore"):
+            check_frame(open_image(image, choice), 6, choice)
+        assert image.tell() == 1
+
+
+def test_a_tiff_that_the_caller_has_loaded_is_upright() -> None:
+    with Image.open(BytesIO(turned_file("TIFF", 6))) as image:
+        image.load()
+        for exif in ("apply", "ignore"):
+            np.testing.assert_array_equal(np.asarray(open_image(image, exif)), SHOWN)
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+@pytest.mark.parametrize("images", ["one image", "images of one file"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "TIFF, LZW"])
+def test_threads_read_one_image_alike(kind: str, images: str, exif: ExifChoice) -> None:
+    """Pillow reads an image's pixels when they are first asked for."""
+    tag = Image.Exif()
+    tag[ORIENTATION] = 6
+    data = encoded(noise(size=(640, 480)), kind.partition(",")[0], exif=tag, **FORMATS[kind])
+    wanted = np.asarray(open_image(Image.open(BytesIO(data)), exif))
+    together = threading.Barrier(4)
+
+    def read(image: Image.Image) -> NDArray[np.uint8]:
+        together.wait(60)
+        return np.asarray(open_image(image, exif))
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            file = BytesIO(data)
+            opened = [Image.open(file)] * 4 if images == "one image" else [Image.open(file) for _ in range(4)]
+            for found in pool.map(read, opened):
+                np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65_535])

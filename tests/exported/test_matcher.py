@@ -6,6 +6,7 @@ import ctypes
 import gc
 import io
 import itertools
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -220,22 +221,43 @@ def test_no_matches_have_their_shapes(
     assert matches.points1.shape == (0, 3)
 
 
+class NoEngine:
+    """An engine that must not be used."""
+
+    def encode(self, images: Any) -> Any:
+        pytest.fail("the encoder ran")
+
+    def decode(self, features1: Any, features2: Any) -> Any:
+        pytest.fail("the decoder ran")
+
+
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"both_ways": True, "pixel_tol": 3}, "choose one"),
-        ({"subsample": 0}, "1 or more"),
+        ({"subsample": 0}, "subsample must be a whole number, 1 or more, found 0"),
         ({"subsample": 2.5}, "whole number"),
-        ({"pixel_tol": -1}, "0 or more"),
-        ({"pixel_tol": float("nan")}, "0 or more"),
-        ({"border": -1}, "0 or more"),
+        ({"subsample": 0, "both_ways": True}, "whole number"),
+        ({"pixel_tol": -1}, "pixel_tol must be 0 or more, found -1"),
+        ({"pixel_tol": NAN}, "0 or more"),
+        ({"pixel_tol": -1, "both_ways": True}, "0 or more"),
+        ({"pixel_tol": NAN, "both_ways": True}, "0 or more"),
+        ({"border": -1}, "border must be 0 or more, found -1"),
+        ({"border": NAN}, "0 or more"),
+        ({"min_confidence": NAN}, "min_confidence must be a number, found nan"),
     ],
 )
-def test_bad_options_are_refused(
+def test_bad_options_are_refused_before_the_network_runs(
     tiny_matcher: smc.Matcher, features: tuple[smc.Features, smc.Features], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises((smc.BadInput, smc.UsageError), match=message):
-        tiny_matcher.match_features(*features, **options)
+    matcher = smc.Matcher(NoEngine(), tiny_matcher.manifest)
+    with pytest.raises(smc.UsageError, match=message):
+        matcher.match_features(*features, **options)
+    with pytest.raises(smc.UsageError, match=message):
+        matcher.match("absent.png", "absent.png", **options)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +351,20 @@ def test_images_loaded_at_once_are_those_loaded_one_by_one(tiny_matcher: smc.Mat
         alone = tiny_matcher.match_features(*(tiny_matcher.encode(image) for image in pair))
         np.testing.assert_array_equal(matches.keypoints1, alone.keypoints1)
         assert (matches.image_size0, matches.image_size1) == (alone.image_size0, alone.image_size1)
+
+
+def test_no_image_is_read_any_more_when_match_raises(tiny_matcher: smc.Matcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be an image of the caller's, who goes on to use it."""
+    image, loads = Image.new("L", (800, 600)), []
+
+    def load_slowly() -> None:
+        time.sleep(0.2)
+        loads.append(image)
+
+    monkeypatch.setattr(image, "load", load_slowly)
+    with pytest.raises(smc.InputMissing):
+        tiny_matcher.match("absent.png", image)
+    assert loads
 
 
 def test_images_that_share_a_file_are_read_one_after_the_other(tiny_matcher: smc.Matcher, examples: Path) -> None:

@@ -23,6 +23,7 @@ cudart = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-binding
 from smc.exported.engines import cuda_memory as cuda  # noqa: E402  # it needs cuda-bindings
 from smc.exported.engines.gpus import choose_device  # noqa: E402
 from smc.exported.engines.tensorrt import MAX_CONTEXTS, TensorRtEngine, check_driver, check_version, engine_layers  # noqa: E402
+from tests.exported.test_cuda_memory import Gpus  # noqa: E402
 
 VERSION = "11.2.0.33"
 H200 = cuda.Device(0, "NVIDIA H200", "9.0", 141 << 30)
@@ -95,6 +96,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         gpu = self.engine.gpu
+        gpu.check_device()
         gpu.executions.append((self.engine.title, self.profile))
         if gpu.broken:
             self.engine.log.log(gpu.trt.ILogger.Severity.ERROR, gpu.broken)
@@ -143,6 +145,7 @@ class FakeEngine:
 
     def create_execution_context(self, runtime_config: Any = None) -> FakeContext | None:
         assert runtime_config is self.runtime_config
+        self.gpu.check_device()
         self.gpu.runtime_config = runtime_config
         self.gpu.contexts.append(self.title)
         if self.gpu.no_room:
@@ -156,9 +159,10 @@ class FakeEngine:
 
 
 class FakeGpu:
-    """An A40 with a TensorRT that knows the plans b"encoder" and b"decoder"."""
+    """An A40, the second of two GPUs, with a TensorRT that knows the plans b"encoder" and b"decoder"."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Gpus) -> None:
+        self.devices = devices
         self.captures = self.launches = self.no_room = 0
         self.capturable, self.broken, self.runtime_config = True, "", None
         self.contexts: list[str] = []
@@ -181,10 +185,14 @@ class FakeGpu:
             CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
         )
 
+    def check_device(self) -> None:
+        assert self.devices.current == A40.index
+
     def make_runtime(self, log: Any) -> Any:
         return SimpleNamespace(deserialize_cuda_engine=lambda plan: self.deserialize(plan, log))
 
     def deserialize(self, plan: memoryview, log: Any) -> FakeEngine | None:
+        self.check_device()
         if bytes(plan) in (b"encoder", b"decoder"):
             return FakeEngine(self, bytes(plan).decode(), log)
         log.log(1, "Error Code 1: Serialization (magicTag mismatch)")
@@ -197,7 +205,7 @@ class FakeGpu:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    fake = FakeGpu()
+    fake = FakeGpu(Gpus(monkeypatch, H200.index, {H200.index}))
     blocks: dict[int, Any] = {}
 
     def allocate(nbytes: int) -> tuple[Any, int]:
@@ -213,7 +221,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         "driver_version": lambda: (13, 2),
         "runtime_version": lambda: (13, 0),
         "devices": lambda: [H200, A40],
-        "use_device": lambda index: None,
         "free_memory": lambda: 10,
         "device_pool": pool,
         "pinned_pool": pool,
@@ -361,6 +368,34 @@ def test_a_stage_tells_its_own_reasons(gpu: FakeGpu) -> None:
     gpu.broken, gpu.meanwhile = "unspecified launch failure", decode
     with pytest.raises(BackendFailed, match="encoder: the engine did not run: TensorRT says: unspecified launch failure"):
         engine.encode(images(2))
+
+
+def test_contexts_at_work_beside_one_that_fails_leave_it_its_reason(gpu: FakeGpu) -> None:
+    engine = TensorRtEngine(gpu.files, manifest())
+    engine.encode(images(1))
+    gpu.broken = "unspecified launch failure"
+    with pytest.raises(BackendFailed, match="unspecified launch failure"):
+        engine.encode(images(2))
+
+    def encode() -> None:
+        gpu.broken = ""
+        engine.encode(images(1))
+
+    gpu.broken, gpu.meanwhile = "Error Code 2: OutOfMemory", encode
+    with pytest.raises(OutOfMemory, match=r"the engine did not run: 1,000 bytes .* \(Error Code 2: OutOfMemory\)"):  # not the old one's
+        engine.encode(images(2))
+
+
+def test_the_threads_gpu_is_its_own_again(gpu: FakeGpu) -> None:
+    engine = TensorRtEngine(gpu.files, manifest())
+    assert gpu.devices.current == H200.index
+    features = engine.encode(images(1))
+    assert gpu.devices.current == H200.index
+    engine.decode(features, features)
+    assert gpu.devices.current == H200.index
+    with pytest.raises(BadInput, match="the plan takes"):
+        engine.encode(images(1, batch=3))
+    assert gpu.devices.current == H200.index
 
 
 def test_idle_contexts_make_room_for_a_new_one(gpu: FakeGpu) -> None:

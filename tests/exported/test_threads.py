@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -18,6 +21,29 @@ def test_what_it_raises_is_raised_where_the_result_is_asked_for() -> None:
     future = in_thread(lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         future.result()
+
+
+def test_what_failed_is_freed_with_its_error() -> None:
+    class Large:
+        pass
+
+    made = []
+
+    def work() -> None:
+        large = Large()
+        made.append(weakref.ref(large))
+        raise ValueError("failed")
+
+    gc.disable()  # which would free it sooner or later
+    try:
+        with pytest.raises(ValueError, match="failed"):
+            in_thread(work).result()
+        deadline = time.monotonic() + 60
+        while made[0]() is not None and time.monotonic() < deadline:
+            time.sleep(0.001)  # the thread is about to end
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_where_no_thread_begins_the_work_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from smc.passes.base import Declined, Pass, PassReport, Refusal, run_passes
+from smc.passes.base import Declined, Pass, PassReport, Refusal
 from smc.passes.prepare import prepare
 from tests.passes.graphs import Builder, count
 
@@ -21,11 +21,6 @@ class DropNegations(Pass):
                 report.rewrites += 1
 
 
-class RenameOutput(Pass):
-    def rewrite(self, graph: gs.Graph, report: PassReport) -> None:
-        report.rewrites += 1
-
-
 def graph() -> gs.Graph:
     b = Builder()
     b.output(b.op("Relu", b.op("Neg", b.op("Neg", b.input("x", [2]), name="first"))))
@@ -34,17 +29,9 @@ def graph() -> gs.Graph:
 
 def test_reports_rewrites_reasons_and_sizes() -> None:
     changed = graph()
-    (report,) = run_passes(changed, [DropNegations()])
+    report = DropNegations()(changed)
     assert report == PassReport("DropNegations", 1, [Declined("first", "there is no other before it")], nodes_before=3, nodes_after=1)
     assert count(changed) == {"Relu": 1}
-
-
-def test_passes_run_in_order_and_are_dumped_with_their_numbers() -> None:
-    seen: list[tuple[int, str, int]] = []
-    passes = [RenameOutput(), DropNegations(), RenameOutput()]
-    reports = run_passes(graph(), passes, dump=lambda number, one, graph: seen.append((number, one.name, len(graph.nodes))))
-    assert [report.name for report in reports] == ["RenameOutput", "DropNegations", "RenameOutput"]
-    assert seen == [(1, "RenameOutput", 3), (2, "DropNegations", 1), (3, "RenameOutput", 1)]
 
 
 def test_other_errors_are_not_swallowed() -> None:

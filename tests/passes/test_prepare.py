@@ -133,3 +133,12 @@ def test_a_graph_that_cannot_be_raised_is_refused() -> None:
     model.graph.node[0].op_type = "NoSuchOperation"
     with pytest.raises(GraphRefused, match=r"the graph of opset 17 could not be raised to opset 23: .*NoSuchOperation"):
         prepare(model)
+
+
+def test_a_graph_whose_shapes_cannot_be_inferred_is_refused() -> None:
+    b = Builder(23)
+    b.output(b.op("Relu", b.input("x", [2]), name="odd"))
+    model = b.model()
+    model.graph.node[0].domain = "nowhere"
+    with pytest.raises(GraphRefused, match=r"the shapes of the graph's tensors could not be inferred: .*node name odd.*domain nowhere"):
+        prepare(model)

@@ -100,7 +100,7 @@ def on_the_gpu(op: Matching, given: Maps) -> Any:
     from smc.compiler.launch_program import assemble
     from smc.exported.engines import cuda_launch
     from smc.exported.engines import cuda_memory as cuda
-    from smc.exported.engines.cuda_matching import MAPS, CudaMatcher
+    from smc.exported.engines.cuda_matching import CudaMatcher
     from tests.plugins.launching import sm_number
 
     device = cuda.devices()[0]
@@ -115,10 +115,8 @@ def on_the_gpu(op: Matching, given: Maps) -> Any:
     stream.copy(arena.address, poison.ctypes.data, poison.nbytes)
     kernels = cuda_launch.Kernels(code, plan.kernels)
     matcher = CudaMatcher(program, kernels, {"arena": arena.address, "weights": 0}, stream, cuda.pinned_pool())
-    uploaded = {name: cuda.DeviceArray(pool, array.shape, array.dtype) for name, array in zip(MAPS, given, strict=True)}
-    for name, array in zip(MAPS, given, strict=True):
-        stream.copy(uploaded[name].address, array.ctypes.data, array.nbytes)
-    matcher.read(uploaded)
+    for name, array in zip(("desc1", "desc2", "conf1", "conf2"), given, strict=True):
+        stream.copy(arena.address + program.inputs[name].offset, array.ctypes.data, array.nbytes)
     stream.synchronize()
     return matcher, arena
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -24,6 +25,14 @@ def test_importing_and_loading_stay_clear_of_the_compiler(tiny_bundle: Path) -> 
     assert "onnxruntime" in modules
     for heavy in ("torch", "onnx", "onnxscript", "triton", "smc.compiler", "smc.passes", "smc.plugins", "click", "rich"):
         assert heavy not in modules
+
+
+def test_onnx_runtime_reports_nothing_to_its_maker(tiny_bundle: Path, tmp_path: Path) -> None:
+    """It would keep an identifier and what it has to report in the user's cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    script = f"import smc; smc.load({str(tiny_bundle)!r})"
+    subprocess.run([sys.executable, "-c", script], env=environment | {"XDG_CACHE_HOME": str(tmp_path)}, check=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_alone_loads_no_engine() -> None:

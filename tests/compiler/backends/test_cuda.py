@@ -141,11 +141,29 @@ def test_two_inputs_that_share_their_sizes_take_no_mixed_shapes(tmp_path: Path) 
         cuda.write_plan(job(tmp_path, shapes=[(48, 64), (64, 64)], graphs={"decoder": model}))
 
 
+@pytest.mark.usefixtures("no_compiler")
+def test_graphs_of_one_image_and_one_pair(tmp_path: Path) -> None:
+    """An encoder of one image serves any number of pairs; a decoder of one pair does not."""
+    one = {"encoder": encoder(), "decoder": decoder()}
+    for model in one.values():
+        for value in model.graph.input:
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+    for number, max_batch in enumerate((1, 2)):
+        (tmp_path / str(number)).mkdir()
+        asked = job(tmp_path / str(number), max_batch=max_batch, graphs={"encoder": one["encoder"]})
+        assert [batch for stage, _, batch in program_kinds(asked) if stage == "encoder"] == [1]
+        cuda.write_plan(asked)
+        assert [program.stage for program in plan_of(asked.output).programs].count("encoder") == 1
+    (tmp_path / "both").mkdir()
+    with pytest.raises(BadInput, match=r"decoder: .*features1 is fixed at \(1, .*and the plan is to take \(2, 3, 4, \?\)") as caught:
+        cuda.write_plan(job(tmp_path / "both", max_batch=2, graphs=one))
+    assert "--max-batch" in caught.value.fix
+
+
 def test_what_a_plan_depends_on(tmp_path: Path) -> None:
     file = tmp_path / "tuning.json"
     file.write_text('{"gpu": "h200", "sm": 90, "when": "2025-01-01", "made_with": {}, "tiles": {}}')
     plain, tuned = cuda.ingredients(TARGETS["h200"], None), cuda.ingredients(TARGETS["h200"], file)
-    assert plain[0] == tuned[0]
     assert plain != tuned
     with pytest.raises(BadInput, match=r"tuned for sm 9\.0, and .* has sm 8\.6"):
         cuda.ingredients(TARGETS["a40"], file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from smc.compiler.evaluation.pairs import ListedPair, PosePair
 from smc.compiler.evaluation.rendered import between_pixels, read_pair, render, write_pair
 from smc.compiler.scenes import pairs
 from smc.compiler.scenes.pairs import HeldOutPairs
-from smc.exported.errors import BadInput, InputMissing, NoTarget, UsageError
+from smc.exported.errors import BadImage, BadInput, DiskError, InputMissing, NoTarget, UsageError
 from tests.compiler.evaluation.made import CAMERA, HEIGHT, WIDTH, noise_image, pose
 
 PLANE = np.array([[0.9, -0.1, 30], [0.05, 1.1, -10], [1e-4, 2e-5, 1]])
@@ -135,6 +136,43 @@ def test_rendering_goes_on_and_keeps_to_its_set(tmp_path: Path) -> None:
     (out / "set.json").write_text(json.dumps({"digest": "0123"}))
     with pytest.raises(UsageError, match="holds pairs of another set: 0123"):
         render(2, None, "cpu", out)
+
+
+@pytest.mark.usefixtures("in_small")
+def test_a_full_disk_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **arrays: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(DiskError, match="No space left"):
+        render(1, None, "cpu", tmp_path / "set")
+
+
+def test_at_least_one_pair_is_rendered(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="0 pairs: at least 1"):
+        render(0, None, "cpu", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_of_a_folder_of_photographs_the_photographs_count(tmp_path: Path) -> None:
+    folder = tmp_path / "held-out"
+    folder.mkdir()
+    with pytest.raises(InputMissing, match="no photographs") as missing:
+        held_out_scenes(Path("1"), folder)
+    assert "smc.compiler.scenes.photographs" in missing.value.fix
+    Image.new("RGB", (8, 8)).save(folder / "a.jpg")
+    alone = held_out_scenes(Path("1"), folder)
+    (folder / "notes.txt").write_text("of a.jpg")
+    (folder / "more").mkdir()
+    data = held_out_scenes(Path("1"), folder)
+    assert data.digest == alone.digest
+    assert ", 1 photographs," in data.origin
+    with pytest.raises(InputMissing, match="no photographs") as above:
+        held_out_scenes(Path("1"), tmp_path)
+    assert above.value.fix == f"name {folder}"
+    (folder / "b.jpg").write_bytes(b"no image")
+    with pytest.raises(BadImage, match=r"b\.jpg: cannot be read"):
+        held_out_scenes(Path("1"), folder)
 
 
 @pytest.mark.usefixtures("in_small")

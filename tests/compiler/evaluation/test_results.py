@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,27 @@ def test_two_evaluations_do_not_write_one_file(tmp_path: Path) -> None:
     with open_results(path, HEADER), pytest.raises(Busy, match="another evaluation writes"), open_results(path, HEADER):
         pass
     write(path, "a")
+
+
+def test_a_file_that_may_not_grow_is_told_and_continued(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path, "a")
+    before = path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before + 10, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"r\.jsonl: File too large"):
+            write(path, "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.stat().st_size == before + 10
+    write(path, "b")
+    assert list(read_results(path)[1]) == [("planted", "a"), ("planted", "b")]
+
+
+def test_results_go_into_regular_files_alone() -> None:
+    with pytest.raises(CannotWrite, match="/dev/null: not a regular file"), open_results(Path("/dev/null"), HEADER):
+        pass
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,35 @@ def test_requests_that_make_no_sense(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed -1 with 1 draws"),
+        ({"seed": 2**64}, "seeds are from 0 to"),
+        ({"seed": 2**64 - 2, "draws": 3}, "every draw takes the next one"),
+        ({"iterations": 0}, "at least 1 of each"),
+        *(({name: value}, f"{name} is {value}") for name in ("pose_threshold", "homography_threshold") for value in (0, np.nan, np.inf)),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_any_work(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(tmp_path / "r", PlantedMatcher(), **options)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", ["min_confidence", "pixel_tol"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_options_that_a_file_of_results_could_not_hold_are_refused(tiny_matcher: smc.Matcher, name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{name} is {value}: a finite number was expected"):
+        BundleMatcher(tiny_matcher, both_ways=False, **{name: value})
+
+
+def test_the_largest_seeds_are_taken(tmp_path: Path) -> None:
+    found = run(tmp_path / "r", PlantedMatcher(), seed=2**64 - 2, draws=2)
+    assert len(found.rows[0].estimates) == 2
+    assert run(tmp_path / "r", PlantedMatcher(), seed=2**64 - 2, draws=2).rows == found.rows
+
+
 @pytest.mark.parametrize("keypoints", [np.zeros((3, 3)), np.zeros((4, 2)), np.full((3, 2), np.nan)])
 def test_a_matcher_that_returns_no_keypoints_is_told(tmp_path: Path, keypoints: NDArray[np.float64]) -> None:
     class Odd(PlantedMatcher):

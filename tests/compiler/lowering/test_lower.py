@@ -9,16 +9,20 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+from onnx import TensorProto, helper
 
 from smc.compiler.backends.cuda import fixed_graph
 from smc.compiler.backends.plan_job import PlanJob, Precision
 from smc.compiler.graph_files import read_onnx
 from smc.compiler.graph_runner import GraphRunner
+from smc.compiler.lowering.context import CannotLower
 from smc.compiler.lowering.lower import lower
 from smc.compiler.optimize import StageGraph
 from smc.compiler.pipeline import FLOAT32_STREAMS, PipelineTask, cuda_passes
 from smc.compiler.targets import TARGETS
+from smc.passes.prepare import prepare
 from tests.compiler.lowering.graphs import compare, kinds, random_values
+from tests.passes.graphs import Builder, weights
 
 LANDSCAPE, PORTRAIT = (32, 64), (64, 32)
 UNEVEN = (48, 80)
@@ -51,6 +55,32 @@ def typed_graphs(
 @pytest.fixture(scope="module")
 def hybrid(tiny_bundle: Path, module_tmp_path: Path) -> PlanJob:
     return typed_graphs(tiny_bundle, module_tmp_path, [LANDSCAPE, PORTRAIT], "hybrid")
+
+
+@pytest.mark.parametrize("size", ["n", None])
+def test_a_dynamic_dimension_is_refused_with_its_tensor(size: str | None) -> None:
+    b = Builder()
+    b.output(b.op("MatMul", b.input("x", [2, 8]), weights(8, 8), name="product"))
+    graph = prepare(b.model())
+    graph.inputs[0].shape[0] = size
+    with pytest.raises(CannotLower, match=rf"the graph's input x is of the shape \({size}, 8\), whose dimension 0"):
+        lower(graph)
+    graph.inputs[0].shape[0] = 2
+    graph.outputs[0].shape = [2, "m"]
+    with pytest.raises(CannotLower, match=r"product \(MatMul\): its output .* is of the shape \(2, m\), whose dimension 1"):
+        lower(graph)
+    graph.outputs[0].shape = None
+    with pytest.raises(CannotLower, match=r"product \(MatMul\): its output .* is of a shape that cannot be told"):
+        lower(graph)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.bool_, np.int8, np.uint16])
+def test_a_type_that_no_kernel_takes_is_refused_with_its_tensor(dtype: type) -> None:
+    b = Builder()
+    odd = b.op("Cast", b.input("x", [2, 8]), to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), name="odd")
+    b.output(b.op("Cast", b.op("Transpose", odd, perm=[1, 0]), to=TensorProto.FLOAT))
+    with pytest.raises(CannotLower, match=f"odd_out0 is {np.dtype(dtype).name}, which"):
+        lower(prepare(b.model()))
 
 
 def run_both(graph: gs.Graph, tolerance: float = 1e-2) -> Counter[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from smc.compiler.launch_program import KernelTable, itemsize
 from smc.compiler.lowering.lower import lower
 from smc.compiler.lowering.program import ProgramWriter
 from smc.compiler.lowering.weight_file import WeightFile
-from smc.compiler.operations import default_tile, tiles, workspace
+from smc.compiler.operations import default_tile, launches, tiles, workspace
 from smc.compiler.tuning import Tuned, Tuning, TuningFile, describe, tile_fields
 from smc.exported.engines.cuda_program import Float32, Int32, Plan, Pointer, Program, Step, TensorMap, decode_plan, encode_plan
 from smc.passes.prepare import prepare
+from smc.plugins.compile import Compiled
 from smc.plugins.conv.specification import Conv
+from smc.plugins.launch import Kernel
+from smc.plugins.matching.specification import Matching
 from tests.compiler.lowering.compiling import MadeUpKernels
 from tests.passes.graphs import Builder, normal, weights
 
@@ -152,7 +156,8 @@ def test_a_tile_that_does_not_go_with_an_operation_is_not_used(tmp_path: Path) -
     assert not any(isinstance(argument, TensorMap) for argument in program.steps[0].arguments)
 
 
-def test_the_matcher_reads_what_the_decoder_left(tmp_path: Path) -> None:
+def decoder_of_maps() -> onnx.ModelProto:
+    """Descriptors and confidences of two views of 64x48 and 48x64, as they come in."""
     b = Builder()
     for i, (height, width) in enumerate(((48, 64), (64, 48)), 1):
         b.input(f"d{i}", [1, height, width, 24])
@@ -162,10 +167,14 @@ def test_the_matcher_reads_what_the_decoder_left(tmp_path: Path) -> None:
             b.op("Relu", tensor)
             b.nodes[-1].output[0] = name
             b.output(name)
+    return b.model()
+
+
+def test_the_matcher_reads_what_the_decoder_left(tmp_path: Path) -> None:
     table = KernelTable(90, MadeUpKernels())
     with WeightFile(tmp_path / "weights.bin") as file:
         writer = ProgramWriter(table, file, Tuning(90))
-        decoder = writer.write("decoder", lower(prepare(b.model())))
+        decoder = writer.write("decoder", lower(prepare(decoder_of_maps())))
         matcher = writer.write_matcher(decoder)
     assert matcher.stage == "matcher"
     assert matcher.arena_bytes > decoder.arena_bytes
@@ -176,3 +185,31 @@ def test_the_matcher_reads_what_the_decoder_left(tmp_path: Path) -> None:
     assert own
     assert all(region.offset >= decoder.arena_bytes for region in own)
     decode_plan(encode_plan(Plan(tuple(table.codes), (decoder, matcher), file.size)))
+
+
+@pytest.mark.parametrize("trouble", ["no kernel", "too much shared memory"])
+def test_matching_gets_the_default_tile_where_the_timed_one_does_not_run(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation = Matching((48, 64), (64, 48), 24)
+    default = default_tile(operation, 90)
+    timed = dataclasses.replace(default, warps=2 * default.warps)
+    unfit = {launch.kernel for launch in launches(operation, timed, 90)} - {launch.kernel for launch in launches(operation, default, 90)}
+
+    class Kernels(MadeUpKernels):
+        def try_all(self, kernels: Sequence[Kernel], sm: int) -> list[Compiled | ValueError]:
+            return [
+                self._made(kernel, code) if kernel in unfit else code
+                for kernel, code in zip(kernels, super().try_all(kernels, sm), strict=True)
+            ]
+
+        def _made(self, kernel: Kernel, code: Compiled | ValueError) -> Compiled | ValueError:
+            assert isinstance(code, Compiled)
+            return ValueError("no") if trouble == "no kernel" else dataclasses.replace(code, shared_memory=1 << 20)
+
+    programs = []
+    for tuning in (tuned(operation, timed), Tuning(90)):
+        with WeightFile(tmp_path / "weights.bin") as file:
+            writer = ProgramWriter(KernelTable(90, Kernels()), file, tuning)
+            programs.append(writer.write_matcher(writer.write("decoder", lower(prepare(decoder_of_maps())))))
+    assert programs[0] == programs[1]

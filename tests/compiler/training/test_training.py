@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,14 @@ from smc.compiler.checkpoint import load_checkpoint
 from smc.compiler.config import PRESETS, ModelConfig
 from smc.compiler.model import Mast3r
 from smc.compiler.scenes.draw import Difficulty
-from smc.compiler.scenes.pairs import PairBatch, draw_batch
+from smc.compiler.scenes.pairs import HELD_OUT_SEED, PairBatch, draw_batch
 from smc.compiler.scenes.textures import draw_textures
 from smc.compiler.training.losses import ALPHA, MATCHING_ALPHA, TEMPERATURE, draw_correspondences, matching_loss, points_loss
 from smc.compiler.training.network import initialise
 from smc.compiler.training.plan import LARGE, PEAK_LR, PHASES, SMALL, WARM_UP_STEPS, Phase, difficulty_at, lr_at, phase_at
 from smc.compiler.training.state import STATE
-from smc.compiler.training.train import Options, Run
-from smc.exported.errors import BadInput
+from smc.compiler.training.train import SEEDS, Options, Run
+from smc.exported.errors import BadInput, CannotWrite, NoTarget, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -247,6 +248,36 @@ def test_a_run_that_was_begun_before_there_were_starts_goes_on(tmp_path: Path) -
     assert Run(options(tmp_path)).step == 1
 
 
-def test_a_run_needs_one_limit(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="minutes or by steps"):
-        dataclasses.replace(options(tmp_path), minutes=1.0)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minutes": 1.0}, "minutes or by steps"),
+        ({"steps": None}, "minutes or by steps"),
+        ({"steps": 0}, "0 steps"),
+        *(({"steps": None, "minutes": value}, f"{value} minutes") for value in (-1.0, 0.0, np.nan, np.inf)),
+        *(({"save_minutes": value}, f"every {value} minutes") for value in (-1.0, np.nan)),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": SEEDS}, f"from 0 to {SEEDS - 1}"),
+    ],
+)
+def test_a_run_needs_one_limit_and_a_seed_for_training(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        dataclasses.replace(options(tmp_path), **changes)
+
+
+def test_no_run_draws_from_the_seeds_that_are_for_evaluation(tmp_path: Path) -> None:
+    run = Run(dataclasses.replace(options(tmp_path), seed=SEEDS - 1))
+    assert run._seed(2**26 - 1, 3) < HELD_OUT_SEED
+
+
+def test_a_gpu_that_is_absent_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NoTarget, match="finds no GPU"):
+        Run(dataclasses.replace(options(tmp_path / "run"), device="cuda"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWrite, match="file/run: Not a directory"):
+        Run(options(tmp_path / "file" / "run"))
