@@ -24,7 +24,12 @@ from smc.exported.threads import in_thread
 if TYPE_CHECKING:
     from smc.exported.engines.cuda_memory import DeviceArray
 
+<<<<<<< HEAD
 Loaded = TypeVar("Loaded", FramedImage, View)
+=======
+MAX_SUBSAMPLE = 65536
+"""Beyond any input's sides."""
+>>>>>>> main
 
 WARN_KEPT = 0.7
 """The fraction of an image's area that the crop must keep for `encode` to stay silent."""
@@ -281,8 +286,8 @@ def _in_images(found: PairMatches, framing0: Framing, framing1: Framing, border:
 
 def _check_options(subsample: int, pixel_tol: float, both_ways: bool, border: int, min_confidence: float) -> None:
     """Raise UsageError for an option that is out of range, before the network runs."""
-    if not isinstance(subsample, int | np.integer) or not 1 <= subsample < 1 << 31:
-        raise UsageError(f"subsample must be a whole number, 1 or more and of 31 bits, found {subsample!r}")
+    if not isinstance(subsample, int | np.integer) or not 1 <= subsample <= MAX_SUBSAMPLE:
+        raise UsageError(f"subsample must be a whole number from 1 to {MAX_SUBSAMPLE}, found {subsample!r}")
     for name, value in (("pixel_tol", pixel_tol), ("border", border)):
         if not value >= 0:
             raise UsageError(f"{name} must be 0 or more, found {value}")

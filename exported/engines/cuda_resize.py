@@ -44,7 +44,7 @@ class Resizer:
         across = resampling(framing.image_size[0], framing.resized_size[0], left, right, framing.filter)
         down = resampling(framing.image_size[1], framing.resized_size[1], top, bottom, framing.filter)
         begin, end = down.source  # rows of the image that the crop leaves out are not even copied
-        given = (image.rgb[begin:end], across.first, across.weights, down.first - np.int32(begin), down.weights)
+        given: tuple[NDArray[Any], ...] = (image.rgb[begin:end], across.first, across.weights, down.first - np.int32(begin), down.weights)
         layout = _Layout.of([values.nbytes for values in given] + [(end - begin) * (right - left) * _CHANNELS])
 
         staged = pinned_array(self._staging, (layout.nbytes,), np.uint8)

@@ -238,7 +238,7 @@ NAN = float("nan")
     ("options", "message"),
     [
         ({"both_ways": True, "pixel_tol": 3}, "choose one"),
-        ({"subsample": 0}, "subsample must be a whole number, 1 or more, found 0"),
+        ({"subsample": 0}, "subsample must be a whole number from 1 to 65536, found 0"),
         ({"subsample": 2.5}, "whole number"),
         ({"subsample": 0, "both_ways": True}, "whole number"),
         ({"pixel_tol": -1}, "pixel_tol must be 0 or more, found -1"),
