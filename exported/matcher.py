@@ -24,12 +24,10 @@ from smc.exported.threads import in_thread
 if TYPE_CHECKING:
     from smc.exported.engines.cuda_memory import DeviceArray
 
-<<<<<<< HEAD
 Loaded = TypeVar("Loaded", FramedImage, View)
-=======
+
 MAX_SUBSAMPLE = 65536
 """Beyond any input's sides."""
->>>>>>> main
 
 WARN_KEPT = 0.7
 """The fraction of an image's area that the crop must keep for `encode` to stay silent."""
