@@ -67,7 +67,7 @@ def _extra(extra: str) -> Finding:
 def _kernel_compiler() -> Finding:
     """Triton is in no extra of its own: CUDA plans need it where they are built, on top of `[compile]`, and nowhere else."""
     found, lacking = _installed(("triton",))
-    subject, fix = "building CUDA plans", f"pip install 'triton>={'.'.join(map(str, OLDEST_TRITON))}'"
+    subject, fix = "building CUDA plans", f"pip install 'triton>={OLDEST_TRITON}'"
     if lacking:
         return Finding(subject, "absent", "lacks triton", fix)
     if is_old_triton(metadata.version("triton")):

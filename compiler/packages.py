@@ -18,13 +18,14 @@ DISTRIBUTIONS = {
 """Names to install, where they differ from the names to import."""
 
 
-OLDEST_TRITON = (3, 9)
+OLDEST_TRITON = "3.9"
 """The first version with the Gluon that kernels are written in."""
 
 
 def is_old_triton(version: str) -> bool:
     """Whether Triton of a version such as "3.7.1" is too old to compile this project's kernels."""
-    return tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON
+    found, oldest = ([int(number) for number in re.findall(r"\d+", text)[:2]] for text in (version, OLDEST_TRITON))
+    return found < oldest
 
 
 def missing_packages(names: Iterable[str]) -> list[str]:

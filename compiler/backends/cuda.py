@@ -43,7 +43,7 @@ def refusal(target: Target) -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton, which compiles its kernels, is not installed"
     if is_old_triton(version()):
-        return f"Triton {version()} is too old to compile its kernels, which takes {'.'.join(map(str, OLDEST_TRITON))}"
+        return f"Triton {version()} is too old to compile its kernels, which takes {OLDEST_TRITON}"
     return ""
 
 
