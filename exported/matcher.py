@@ -108,7 +108,7 @@ class Matcher:
             both_ways: also start from a grid in the second image, and merge.
             border: drop matches closer than this to the edge of the network's input, in network pixels; the original's demos use 3.
             min_confidence: drop matches below this confidence.
-            points3d: also return the 3D points.
+            points3d: also return the 3D points, without which plans of the cuda backend leave out the heads for them.
             exif: "apply" or "ignore" the EXIF orientation; it names the frame of the keypoints. A PIL image of a TIFF that has been
                 loaded before is upright for both: Pillow forgets how it was stored.
 

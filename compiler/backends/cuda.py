@@ -1,6 +1,8 @@
 """Plans for the project's own engine: cubins, weights and launch programs, for any NVIDIA GPU from compute capability 8.0.
 
-Nothing here needs a GPU. There is a program for each stage, input shape and batch, and for the decoder for each pair of shapes.
+Nothing here needs a GPU. There is a program for each stage, input shape and batch, and for the decoder for each pair of shapes. For one
+pair there are two more: the describer, which is the decoder without what only the 3D points and their confidence need, and the matcher
+of what either leaves.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def write_plan(job: PlanJob) -> dict[str, str]:
     from smc.compiler.launch_program import KernelTable
     from smc.compiler.lowering.context import CannotLower
     from smc.compiler.lowering.lower import lower
-    from smc.compiler.lowering.program import ProgramWriter
+    from smc.compiler.lowering.program import MATCHED, ProgramWriter
     from smc.compiler.lowering.weight_file import WeightFile
 
     tuning = _tuning(job.target, job.tuning)
@@ -94,9 +96,12 @@ def write_plan(job: PlanJob) -> dict[str, str]:
             title = " and ".join(dict.fromkeys(f"{width}x{height}" for height, width in shapes))
             job.report(f"lowering the {stage} for {title}, batch {batch}", done / len(kinds))
             try:
-                programs.append(writer.write(stage, lower(fixed_graph(job, stage, shapes, batch))))
+                lowered = lower(fixed_graph(job, stage, shapes, batch))
+                programs.append(writer.write(stage, lowered))
                 if stage == "decoder" and batch == 1:
-                    programs.append(writer.write_matcher(programs[-1]))
+                    decoder = programs[-1]
+                    programs.append(writer.write("describer", lowered.only(MATCHED.values()), like=decoder))
+                    programs.append(writer.write_matcher(decoder))
             except CannotLower as error:
                 raise BadInput(f"{stage}: {error}", fix="--backend tensorrt or tensorrt-rtx may take this graph") from error
             except ValueError as error:

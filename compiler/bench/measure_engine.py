@@ -28,14 +28,15 @@ from smc.exported.manifest import Shape as InputShape
 from smc.exported.matcher import Matcher
 from smc.exported.matching import fast_reciprocal_nn, match_confidence
 
-MATCHER = "matcher"
-"""The section of an engine that matches on the GPU."""
+DESCRIBER, MATCHER = "describer", "matcher"
+"""The sections of an engine that matches on the GPU, which no other engine has: what is decoded for it, and the matching."""
 
 STAGES = {
     "encoder": records.ENCODER,
     "decoder": records.DECODERS_AND_HEADS,
     "decoder/decoders": records.DECODERS,
     "decoder/heads": records.HEADS,
+    DESCRIBER: records.DECODERS_AND_DESCRIPTORS,
     MATCHER: records.MATCHING,
 }
 """Section -> stage; other sections keep their names."""
@@ -230,7 +231,7 @@ def _measure_batch(engine: Engine, matcher: Matcher, work: Work, shape: Shape, p
     if not isinstance(engine, MatchingEngine):
         add("wall", records.MATCHING, wall(lambda: match_on_host(maps)))
     if isinstance(engine, Sectioned):
-        real = {"encoder": encode, MATCHER: match_each}
+        real = {"encoder": encode, DESCRIBER: match_each, MATCHER: match_each}
         for section in engine.sections(batch, shape):
             add("device", STAGES.get(section.name, section.name), partial(_replay, section, real.get(section.name, decode)))
 

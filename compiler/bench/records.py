@@ -15,6 +15,7 @@ Shape = tuple[int, int]
 """(H, W) of the network's input."""
 
 IMAGE_IN, ENCODER, DECODERS, HEADS, DECODERS_AND_HEADS = "image in", "encoder", "decoders", "heads", "decoders and heads"
+DECODERS_AND_DESCRIPTORS = "decoders and descriptors"
 MATCHING, BLOCK_MATCHING, MATCHES_OUT, END_TO_END = "matching", "block matching", "matches out", "end to end"
 
 

@@ -19,7 +19,14 @@ WALL_STAGES = (
     records.MATCHES_OUT,
     records.END_TO_END,
 )
-DEVICE_STAGES = (records.ENCODER, records.DECODERS, records.HEADS, records.DECODERS_AND_HEADS, records.MATCHING)
+DEVICE_STAGES = (
+    records.ENCODER,
+    records.DECODERS,
+    records.HEADS,
+    records.DECODERS_AND_HEADS,
+    records.DECODERS_AND_DESCRIPTORS,
+    records.MATCHING,
+)
 ABLATION_STAGES = (records.ENCODER, records.DECODERS, records.HEADS, records.DECODERS_AND_HEADS, records.MATCHING)
 
 

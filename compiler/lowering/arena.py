@@ -19,8 +19,10 @@ class Arena:
     size: int
 
 
-def pack(calls: Sequence[Call], slots: Sequence[Slot], kept: Collection[Buffer]) -> Arena:
+def pack(calls: Sequence[Call], slots: Sequence[Slot], kept: Collection[Buffer], fixed: Mapping[Buffer, int] | None = None) -> Arena:
     """Places for all buffers that calls compute, and for those that are `kept` from beginning to end: the inputs and outputs.
+
+    Those of `fixed`, some of the kept ones, start at the bytes that it says.
 
     `slots` says when each call runs. Two calls of the side lane may share memory as any two may: their slots are wide enough.
 
@@ -33,8 +35,8 @@ def pack(calls: Sequence[Call], slots: Sequence[Slot], kept: Collection[Buffer])
             if buffer.values is None:
                 first, last = lives.get(buffer, (slot.first, slot.last))
                 lives[buffer] = (min(first, slot.first), max(last, slot.last))
-    offsets: dict[Buffer, int] = {}
-    for buffer in sorted(lives, key=lambda buffer: -byte_size(buffer)):
+    offsets: dict[Buffer, int] = dict(fixed or {})
+    for buffer in sorted((buffer for buffer in lives if buffer not in offsets), key=lambda buffer: -byte_size(buffer)):
         first, last = lives[buffer]
         taken = sorted(
             (offset, offset + byte_size(other)) for other, offset in offsets.items() if lives[other][0] <= last and first <= lives[other][1]

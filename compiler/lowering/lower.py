@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -36,6 +36,17 @@ class Lowered:
     calls: Sequence[Call]
     inputs: Mapping[str, View]
     outputs: Mapping[str, View]
+
+    def only(self, outputs: Collection[str]) -> Lowered:
+        """The same with but some of its outputs, and the calls that those need."""
+        kept = {name: view for name, view in self.outputs.items() if name in outputs}
+        needed = {view.buffer for view in kept.values()}
+        calls: list[Call] = []
+        for call in reversed(self.calls):
+            if any(call.operands[name] in needed for name in call.writes):
+                needed.update(call.operands.values())
+                calls.append(call)
+        return Lowered(calls[::-1], self.inputs, kept)
 
 
 def lower(graph: gs.Graph) -> Lowered:

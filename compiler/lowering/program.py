@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,9 @@ from smc.plugins.launch import Launch
 from smc.plugins.matching import launches as matching
 from smc.plugins.matching.specification import Matching
 
+MATCHED = {"desc1": "desc1", "desc2": "desc2", "conf1": "desc_conf1", "conf2": "desc_conf2"}
+"""Operand of the matching -> the decoder's output that it is."""
+
 
 class ProgramWriter:
     """Makes the programs of one plan, with the kernels and weights that they share."""
@@ -30,8 +33,8 @@ class ProgramWriter:
     def __init__(self, table: KernelTable, weights: WeightFile, tuning: Tuning) -> None:
         self._table, self._weights, self._tuning = table, weights, tuning
 
-    def write(self, stage: str, lowered: Lowered) -> Program:
-        """The program of a lowered graph.
+    def write(self, stage: str, lowered: Lowered, like: Program | None = None) -> Program:
+        """The program of a lowered graph. Its outputs lie where `like`, a program of the same graph, has them.
 
         Raises:
             ValueError: a kernel does not compile.
@@ -41,7 +44,7 @@ class ProgramWriter:
         calls = [call for call, _ in made]
         slots = assign(calls)
         kept = dict.fromkeys(view.buffer for view in (*lowered.inputs.values(), *lowered.outputs.values()))  # in order, as no set is
-        arena = pack(calls, slots, kept)
+        arena = pack(calls, slots, kept, _starts(lowered.outputs, like.outputs) if like else {})
         steps: list[Step] = []
         last_step: list[int] = []  # of each call
         for (call, launched), slot, part in zip(made, slots, parts(calls, lowered.outputs), strict=True):
@@ -103,10 +106,7 @@ class ProgramWriter:
         Raises:
             ValueError: the maps are too large for it, or a kernel does not compile.
         """
-        places = {
-            name: decoder.outputs[output]
-            for name, output in (("desc1", "desc1"), ("desc2", "desc2"), ("conf1", "desc_conf1"), ("conf2", "desc_conf2"))
-        }
+        places = {name: decoder.outputs[output] for name, output in MATCHED.items()}
         shape1, shape2 = (places[name].shape[1:] for name in ("desc1", "desc2"))
         operation = Matching((shape1[0], shape1[1]), (shape2[0], shape2[1]), shape1[2])
         ((tile, launched),) = self._choose([(operation, "matching")])
@@ -139,6 +139,11 @@ def _with_workspace(call: Call, tile: Any) -> Call:
         name: Buffer(f"{call.label}/{name}", dtype, math.prod(shape)) for name, (dtype, shape) in workspace(call.operation, tile).items()
     }
     return replace(call, operands={**call.operands, **extra})
+
+
+def _starts(views: Mapping[str, View], regions: Mapping[str, Region]) -> dict[Buffer, int]:
+    """Where the views' buffers start, in bytes, if they lie in these regions."""
+    return {view.buffer: regions[name].offset - view.offset * itemsize(view.dtype) for name, view in views.items()}
 
 
 def _region(view: View, arena: Arena) -> Region:

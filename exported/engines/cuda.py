@@ -119,7 +119,7 @@ class CudaEngine:
         shapes = image1.framing.shape, image2.framing.shape
         alike = shapes[0] == shapes[1]
         programs = [program for shape in shapes for program, _ in self._chunks("encoder", (shape,), 2 if alike else 1)]
-        programs += [program for program, _ in self._chunks("matcher", shapes, 1)]
+        programs += self._matching(shapes, request)
         with self._session() as session:
             # For all at once: to grow on the way would make the encoder's graph invalid.
             self._with_room(lambda: session.reserve(max(programs, key=lambda program: program.arena_bytes), self._memory))
@@ -135,15 +135,15 @@ class CudaEngine:
 
     def sections(self, batch: int, shape: Shape) -> list[Section]:
         """What can be timed for `batch` pairs of images of one shape, each straight after it was run with real input by the same thread."""
-        wanted = (("encoder", (shape,), 2 * batch), ("decoder", (shape, shape), batch), ("matcher", (shape, shape), batch))
+        pair = shape, shape
+        wanted = (("encoder", (shape,), 2 * batch), *((stage, pair, batch) for stage in ("decoder", "describer", "matcher")))
         found = []
         for stage, shapes, count in wanted:
             program = self._programs.get((stage, shapes), {}).get(count)
             if program is not None:
                 found.append(Section(stage, partial(self._replay, program, program)))
-                found += [
-                    Section(f"{stage}/{name}", partial(self._replay, program, part)) for name, part in self._parts_of(program).items()
-                ]
+                parts = self._parts_of(program) if stage == "decoder" else {}
+                found += [Section(f"{stage}/{name}", partial(self._replay, program, part)) for name, part in parts.items()]
         return found
 
     def memory_bytes(self) -> int:
@@ -160,7 +160,7 @@ class CudaEngine:
             if self._image_shapes.setdefault(features.shape[1:], shape) != shape:
                 raise BundleDamaged(f"{PLAN}: features of two image shapes cannot be told apart")
             shapes, batch = (shape,), image.shape[0]
-        elif program.stage == "decoder":
+        elif program.stage in ("decoder", "describer"):
             maps = [program.outputs[name] for name in ("desc1", "desc2")]
             shapes, batch = tuple(_shape(region.shape[1:3]) for region in maps), maps[0].shape[0]
         elif program.stage == "matcher":
@@ -171,8 +171,8 @@ class CudaEngine:
 
     def _check_complete(self) -> None:
         """Raise BundleDamaged unless every kind of program can take one, and what is decoded can be matched."""
-        decoded, matched = ({shapes for stage, shapes in self._programs if stage == kind} for kind in ("decoder", "matcher"))
-        if any(1 not in programs for programs in self._programs.values()) or decoded != matched:
+        decoded, *matched = ({shapes for stage, shapes in self._programs if stage == kind} for kind in ("decoder", "describer", "matcher"))
+        if any(1 not in programs for programs in self._programs.values()) or matched != [decoded, decoded]:
             raise BundleDamaged(f"{PLAN}: programs are missing")
 
     def _encode(self, session: _Session, images: NDArray[Any] | Sequence[FramedImage]) -> cuda.DeviceArray:
@@ -225,7 +225,7 @@ class CudaEngine:
         if not len(features1) == len(features2) == 1:
             raise BadInput(f"one pair is matched at a time, found features of {len(features1)} and {len(features2)} images")
         shapes = self._shapes_of(features1, features2)
-        ((decoder, _),), ((program, _),) = (self._chunks(stage, shapes, 1) for stage in ("decoder", "matcher"))
+        decoder, program = self._matching(shapes, request)
         self._with_room(lambda: session.reserve(program, self._memory))  # before the decoder writes what it reads
         self._run(session, decoder, dict(zip(decoder.inputs, (features1, features2), strict=True)))
         matcher = self._with_room(lambda: session.matcher(program, self._staging))
@@ -243,6 +243,13 @@ class CudaEngine:
             session.finish()
             points = [values[0, xy[:, 1], xy[:, 0]] for values, xy in zip(maps, (xy1, xy2), strict=True)]
         return PairMatches(xy1, xy2, confidence, *points)
+
+    def _matching(self, shapes: tuple[Shape, ...], request: MatchRequest) -> tuple[Program, Program]:
+        """What decodes as much of a pair as is asked for, and what matches it. Raises BadInput: there is nothing for these shapes."""
+        ((decoder, _),), ((matcher, _),) = (
+            self._chunks(stage, shapes, 1) for stage in ("decoder" if request.points3d else "describer", "matcher")
+        )
+        return decoder, matcher
 
     def _run(self, session: _Session, program: Program, inputs: dict[str, Any]) -> None:
         """Queue a program, whose outputs are then in the session's arena."""

@@ -51,15 +51,16 @@ def test_the_bundle_is_whole(built: BuildResult) -> None:
 
 def test_the_plan_has_a_program_for_each_batch(built: BuildResult) -> None:
     plan = decode_plan((built.path / PLAN).read_bytes())
-    assert [program.stage for program in plan.programs] == ["encoder", "encoder", "decoder", "matcher"]
-    decoder = plan.programs[2]
+    assert [program.stage for program in plan.programs] == ["encoder", "encoder", "decoder", "describer", "matcher"]
+    decoder, describer = plan.programs[2:4]
     assert {"pts3d1", "pts3d2", "conf1", "conf2", "desc1", "desc2", "desc_conf1", "desc_conf2"} == decoder.outputs.keys()
     kinds = [step.label.split()[0] for step in decoder.steps]
     parts = {kind: {step.part for step in decoder.steps if step.label.split()[0] == kind} for kind in kinds}
     assert parts["Attention"] == parts["LayerNorm"] == {"decoders"}
     assert parts["Conv"] == parts["Upsample"] == parts["PointHead"] == parts["DescriptorHead"] == {"heads"}
     assert parts["Gemm"] == {"decoders", "heads"}
-    assert {step.part for program in plan.programs if program is not decoder for step in program.steps} == {""}
+    assert {step.part for program in plan.programs if program not in (decoder, describer) for step in program.steps} == {""}
+    assert not {"Conv", "Upsample", "PointHead"} & {step.label.split()[0] for step in describer.steps}
     assert kinds.count("PointHead") == kinds.count("DescriptorHead") == 1
     assert kinds.count("Elementwise") == 5, "casts of the features and of two streams for the heads; both tokens side by side"
     assert {name.partition(" ")[0] for name in kinds} <= {
@@ -174,7 +175,7 @@ def test_files_that_say_little_of_their_dimensions(tiny_graphs: tuple[Path, Path
         onnx.save_model(model, files[-1], save_as_external_data=True, location=f"{file.stem}.weights")
     found = build(BuildRequest(gpu="h200", backend="cuda", out=tmp_path / "bundle", onnx=(files[0], files[1]), shapes=[SHAPE[::-1]]))
     plan = decode_plan((found.path / PLAN).read_bytes())
-    assert [program.stage for program in plan.programs] == ["encoder", "encoder", "decoder", "matcher"]
+    assert [program.stage for program in plan.programs] == ["encoder", "encoder", "decoder", "describer", "matcher"]
     assert plan.programs[2].outputs["conf2"].shape == (1, 128, 96)
 
 

@@ -80,6 +80,10 @@ def decoder(shapes: Sequence[tuple[int, int]], batch: int) -> Program:
     return Program("decoder", inputs, outputs, end, ())
 
 
+def describer(of: Program) -> Program:
+    return msgspec.structs.replace(of, stage="describer", outputs={name: of.outputs[name] for name in of.outputs if "desc" in name})
+
+
 def matcher(of: Program) -> Program:
     maps = {name: of.outputs[output] for name, output in zip(("desc1", "desc2"), ("desc1", "desc2"), strict=True)}
     inputs = {name: msgspec.structs.replace(region, shape=region.shape[1:]) for name, region in maps.items()}
@@ -92,7 +96,7 @@ def made_up_plan() -> Plan:
     for one in (WIDE, HIGH):
         for other in (WIDE, HIGH):
             decoders = [decoder((one, other), batch) for batch in (1, 2)]
-            programs += [*decoders, matcher(decoders[0])]
+            programs += [*decoders, describer(decoders[0]), matcher(decoders[0])]
     kernels = KernelCode("across", 0, 1, 128, 0), KernelCode("down", 1, 2, 128, 0)
     return Plan(kernels, tuple(programs), 5, Resize(ACROSS, DOWN, rows=4, bytes=64))
 
@@ -123,7 +127,7 @@ def compute(program: Program, base: int) -> None:
     outputs = {name: view(base, region) for name, region in program.outputs.items()}
     if program.stage == "encoder":
         outputs["features"][:] = inputs[0][:, ::16, ::16, :1]
-    if program.stage != "decoder":
+    if program.stage not in ("decoder", "describer"):
         return
     pair = inputs[0].mean((1, 2, 3), np.float32) + 10 * inputs[1].mean((1, 2, 3), np.float32)
     for values in outputs.values():
@@ -276,9 +280,10 @@ def engine(gpu: FakeGpu) -> CudaEngine:
     "left_out",
     [
         lambda program: program.stage == "matcher",
+        lambda program: program.stage == "describer",
         lambda program: program.stage == "encoder" and program.inputs["image"].shape[0] == 1,
     ],
-    ids=["no matching", "no single image"],
+    ids=["no matching", "no descriptors alone", "no single image"],
 )
 def test_plans_without_a_program_that_is_needed_are_damaged(gpu: FakeGpu, left_out: Callable[[Program], bool]) -> None:
     plan = made_up_plan()
@@ -449,7 +454,7 @@ def test_images_of_many_sizes_take_no_more_memory(gpu: FakeGpu, engine: CudaEngi
 def test_a_pair_is_matched_where_its_maps_are(gpu: FakeGpu, engine: CudaEngine, shape: tuple[int, int], runs: list[Any]) -> None:
     image1, image2 = framed(1), framed(5, shape)
     found = engine.match_images(image1, image2, REQUEST)
-    assert gpu.launches == [*runs, ("decoder", 1)]
+    assert gpu.launches == [*runs, ("describer", 1)]
     assert (found.xy1.tolist(), found.xy2.tolist()) == ([[1, 2]], [[3, 4]])
     width = shape[1]
     np.testing.assert_allclose(found.confidence, 102 + DESCRIPTOR * (2 * 48 + 1 + 4 * width + 3) / 1000, rtol=1e-6)
@@ -467,6 +472,7 @@ def test_requests_reach_the_matcher(gpu: FakeGpu, engine: CudaEngine) -> None:
 
 def test_points_are_those_of_the_matches(gpu: FakeGpu, engine: CudaEngine) -> None:
     found = engine.match_images(framed(1), framed(2), MatchRequest(8, points3d=True))
+    assert gpu.launches == [("encoder", 2), ("decoder", 1)]
     for points, (x, y) in ((found.points1, (1, 2)), (found.points2, (3, 4))):
         np.testing.assert_allclose(points, [21 + (3 * (48 * y + x) + np.arange(3)) / 1000], rtol=1e-6)  # type: ignore[arg-type]
 
@@ -515,19 +521,22 @@ def test_the_matchers_memory_is_there_before_the_decoder_writes(gpu: FakeGpu, en
     engine.decode(features, features)
     engine.match_features(features, features, REQUEST)
     engine.match_features(features, features, REQUEST)
-    assert [stage for stage, _ in gpu.captures] == ["encoder", "decoder", "decoder"]  # again in memory that is enough for both
+    assert [stage for stage, _ in gpu.captures] == ["encoder", "decoder", "describer"]
+    engine.decode(features, features)
+    assert [stage for stage, _ in gpu.captures][3:] == ["decoder"]  # again in memory that is enough for both
 
 
 def test_a_first_match_captures_nothing_twice(gpu: FakeGpu, engine: CudaEngine) -> None:
     for _ in range(2):
         engine.match_images(framed(1), framed(2), REQUEST)
-    assert [stage for stage, _ in gpu.captures] == ["encoder", "decoder"]
+    assert [stage for stage, _ in gpu.captures] == ["encoder", "describer"]
 
 
 def test_matching_on_takes_no_more_memory(gpu: FakeGpu, engine: CudaEngine) -> None:
     def match_all() -> tuple[int, int]:
         for shape in (WIDE, HIGH):
-            engine.match_images(framed(1), framed(2, shape=shape), MatchRequest(8, points3d=True))
+            for points3d in (False, True):
+                engine.match_images(framed(1), framed(2, shape=shape), MatchRequest(8, points3d=points3d))
             features = engine.encode(images(3, shape=shape))
             engine.decode(features, features)
             engine.decode_on_device(features, features)
@@ -622,7 +631,7 @@ def test_memory_that_the_engine_takes(gpu: FakeGpu, engine: CudaEngine) -> None:
 
 def test_sections_are_timed_on_what_was_run_last(gpu: FakeGpu, engine: CudaEngine) -> None:
     sections = {section.name: section.replay for section in engine.sections(1, WIDE)}
-    assert list(sections) == ["encoder", "decoder", "matcher"]
+    assert list(sections) == ["encoder", "decoder", "describer", "matcher"]
     for replay in sections.values():
         with pytest.raises(BadInput, match="nothing to be timed on"):
             replay(3)
@@ -632,11 +641,12 @@ def test_sections_are_timed_on_what_was_run_last(gpu: FakeGpu, engine: CudaEngin
     assert gpu.launches == [("encoder", 2)] * 3
     with pytest.raises(BadInput, match="the decoder has nothing"):
         sections["decoder"](1)
-    engine.match_images(framed(1), framed(2), REQUEST)
-    gpu.launches.clear()
-    assert sections["matcher"](2) == 3
-    assert sections["decoder"](1) == 6
-    assert [stage for stage, _ in gpu.launches] == ["matcher", "matcher", "decoder"]
+    for stage, points3d in (("describer", False), ("decoder", True)):
+        engine.match_images(framed(1), framed(2), MatchRequest(8, points3d=points3d))
+        gpu.launches.clear()
+        assert sections["matcher"](2) == 3
+        assert sections[stage](1) == 6
+        assert [launched for launched, _ in gpu.launches] == ["matcher", "matcher", stage]
     with pytest.raises(BadInput, match="the encoder has nothing"):
         sections["encoder"](1)
 
@@ -668,11 +678,11 @@ def in_parts() -> dict[str, memoryview]:
 def test_parts_of_a_stage_are_timed_one_launch_after_the_other(gpu: FakeGpu) -> None:
     engine = CudaEngine(in_parts(), manifest())
     sections = {section.name: section.replay for section in engine.sections(1, WIDE)}
-    assert list(sections) == ["encoder", "decoder", "decoder/decoders", "decoder/heads", "matcher"]
+    assert list(sections) == ["encoder", "decoder", "decoder/decoders", "decoder/heads", "describer", "matcher"]
     with pytest.raises(BadInput, match="the decoder has nothing to be timed on"):
         sections["decoder/heads"](1)
     for name, numbers in (("decoder", [1, 2, 3, 4]), ("decoder/decoders", [1, 3]), ("decoder/heads", [2, 4])):
-        engine.match_images(framed(1), framed(2), REQUEST)
+        engine.match_images(framed(1), framed(2), MatchRequest(8, points3d=True))
         gpu.steps.clear()
         assert sections[name](2) == 3
         assert [[step.grid[0] for step in steps] for steps in gpu.steps] == [numbers] * 2
@@ -812,6 +822,17 @@ def test_matches_are_those_of_the_maps(gpu_matcher: smc.Matcher, options: dict[s
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shapes", PAIRS[:4], ids=str)
+def test_points_change_no_match(gpu_matcher: smc.Matcher, shapes: tuple[Any, Any]) -> None:
+    """With points all of the decoder runs, and without them what the matches need."""
+    pair = [scene(i, shape) for i, shape in enumerate(shapes)]
+    plain, with_points = gpu_matcher.match(*pair), gpu_matcher.match(*pair, points3d=True)
+    assert len(plain.confidence) > 0
+    for name in ("keypoints0", "keypoints1", "confidence"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(with_points, name))
+
+
+@pytest.mark.gpu
 def test_batches_give_what_single_pairs_give(gpu_matcher: smc.Matcher) -> None:
     """Three pairs, as two and one."""
     engine: Any = gpu_matcher._engine
@@ -895,5 +916,8 @@ def test_sections_take_time(gpu_matcher: smc.Matcher) -> None:
     shape = TINY_SHAPES[0]
     one, other = scene(0, shape), scene(1, shape)
     for section in engine.sections(1, shape):
-        engine.encode(np.stack([one, other])) if section.name == "encoder" else gpu_matcher.match(one, other)
+        if section.name == "encoder":
+            engine.encode(np.stack([one, other]))
+        else:
+            gpu_matcher.match(one, other, points3d=section.name.startswith("decoder"))
         assert 1e-6 < section.replay(5) < 1

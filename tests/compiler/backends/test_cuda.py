@@ -68,12 +68,14 @@ def test_writes_a_plan_with_machine_code(gpu: str, tmp_path: Path) -> None:
     plan = plan_of(asked.output)
     code = (asked.output / KERNELS).read_bytes()
     assert all(code[kernel.offset :].startswith(b"\x7fELF") for kernel in plan.kernels)
-    assert [program.stage for program in plan.programs] == ["encoder", "encoder", "decoder", "matcher"]
-    one, two, both, matcher = plan.programs
+    assert [program.stage for program in plan.programs] == ["encoder", "encoder", "decoder", "describer", "matcher"]
+    one, two, both, describer, matcher = plan.programs
     assert [program.inputs["image"].shape for program in (one, two)] == [(1, 48, 64, 3), (2, 48, 64, 3)]
     assert one.outputs["features"].shape == (1, 3, 4, C)
     assert both.outputs["desc2"].shape == (1, 48, 64, SIZE)
     assert {region.dtype for region in both.outputs.values()} == {"float32"}
+    assert describer.inputs.keys() == both.inputs.keys()
+    assert describer.outputs == {name: region for name, region in both.outputs.items() if name.startswith("desc")}
     assert matcher.inputs["desc1"].offset == both.outputs["desc1"].offset
     labels = [step.label for step in both.steps]
     assert [label.split()[0] for label in labels].count("Gemm") == 1, "both views are one product"

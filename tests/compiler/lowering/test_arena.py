@@ -25,9 +25,9 @@ def in_order(calls: Sequence[Call]) -> list[Slot]:
     return [Slot(MAIN, (), number, number) for number in range(len(calls))]
 
 
-def check(calls: Sequence[Call], slots: Sequence[Slot], kept: set[Buffer]) -> Arena:
+def check(calls: Sequence[Call], slots: Sequence[Slot], kept: set[Buffer], fixed: dict[Buffer, int] | None = None) -> Arena:
     """Pack, and compare every two buffers that are alive at once."""
-    arena = pack(calls, slots, kept)
+    arena = pack(calls, slots, kept, fixed)
     lives: dict[Buffer, tuple[int, int]] = {one: (-1, len(calls)) for one in kept}
     for given, slot in zip(calls, slots, strict=True):
         for one in given.operands.values():
@@ -126,4 +126,6 @@ def test_random_programs() -> None:
             calls.append(call(reads, [made[-1]]))
         kept = {made[0], made[-1]}
         check(calls, in_order(calls), kept)
-        check(calls, assign(calls), kept)
+        arena = check(calls, assign(calls), kept)
+        fixed = {made[-1]: arena.offsets[made[-1]]}
+        assert check(calls[-1:], in_order(calls[-1:]), {made[-1]}, fixed).offsets[made[-1]] == fixed[made[-1]]

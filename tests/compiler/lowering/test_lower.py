@@ -17,6 +17,7 @@ from smc.compiler.graph_files import read_onnx
 from smc.compiler.graph_runner import GraphRunner
 from smc.compiler.lowering.context import CannotLower
 from smc.compiler.lowering.lower import lower
+from smc.compiler.lowering.program import MATCHED
 from smc.compiler.optimize import StageGraph
 from smc.compiler.pipeline import FLOAT32_STREAMS, PipelineTask, cuda_passes
 from smc.compiler.targets import TARGETS
@@ -107,6 +108,21 @@ def test_the_decoder(hybrid: PlanJob, shapes: tuple[tuple[int, int], ...], batch
     assert not found.keys() & {"add", "gelu", "relu", "exp", "Reduction"}, "all else is done on the way"
     # The features and two layers' streams, cast for the heads; tokens of encoder and decoder side by side for the descriptors.
     assert found["copy"] == 5 * views
+
+
+@pytest.mark.parametrize("shapes", [(LANDSCAPE, LANDSCAPE), (LANDSCAPE, PORTRAIT)])
+def test_what_only_some_of_the_outputs_need(hybrid: PlanJob, shapes: tuple[tuple[int, int], ...]) -> None:
+    graph = fixed_graph(hybrid, "decoder", shapes, 1)
+    feeds = {tensor.name: random_values(tensor, seed) for seed, tensor in enumerate(graph.inputs)}
+    whole = lower(graph)
+    made = whole.only(MATCHED.values())
+    expected = {name: values for name, values in GraphRunner(graph).run(feeds).items() if name in MATCHED.values()}
+    compare(made, feeds, expected, 1e-2)
+    calls, all_calls = Counter(kinds(made.calls)), Counter(kinds(whole.calls))
+    assert not calls.keys() & {"Conv", "PointHead", "Upsample"}
+    for kind in ("Attention", "LayerNorm", "DescriptorHead"):
+        assert calls[kind] == all_calls[kind]
+    assert whole.only(whole.outputs).calls == whole.calls, "nothing was made in vain"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
