@@ -468,6 +468,7 @@ def _free_all(idle: dict[int, list[int]], free: Callable[[int], object]) -> None
 
 def _check(result: tuple[Any, ...], doing: str) -> Any:
     """The values of a call: None, the one, or a tuple. Raises what its status means."""
+    _check_process()
     status, *values = result
     if status != _Status.cudaSuccess:
         raise _translated(status, doing)
@@ -484,13 +485,17 @@ def _check_machine(result: tuple[Any, ...], doing: str) -> Any:
         raise NoTarget(str(error), fix=_FIX) from error
 
 
-def _translated(status: Any, doing: str) -> SmcError:
-    text = f"{doing}: {cudart.cudaGetErrorString(status)[1].decode()} ({status.name})"
+def _check_process() -> None:
+    """Raise NoTarget in a process that was forked from one that used CUDA, where some calls fail, and others answer as in the parent."""
     if _initialised_in not in (None, os.getpid()):
-        return NoTarget(
-            f"a GPU cannot be used in a process that was forked after its parent used CUDA ({text})",
+        raise NoTarget(
+            "a GPU cannot be used in a process that was forked after its parent used CUDA",
             fix="load the bundle in the process that uses it, started before CUDA is in use or by multiprocessing's method 'spawn'",
         )
+
+
+def _translated(status: Any, doing: str) -> SmcError:
+    text = f"{doing}: {cudart.cudaGetErrorString(status)[1].decode()} ({status.name})"
     if status == _Status.cudaErrorMemoryAllocation:
         return OutOfMemory(text, fix="free GPU memory, or use smaller images or batches")
     if status in _NO_DEVICE:

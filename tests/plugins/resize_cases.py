@@ -64,7 +64,7 @@ def wrong(case: Case, run: Callable[[Launch, Arrays], Arrays]) -> int:
     values = (*(Address(name, dtype) for name, dtype in (("source", "uint8"), ("first", "int32"), ("weights", "int32"), ("out", "uint8"))),)
     grid = (-(-3 * columns // BYTES), -(-rows // ROWS), 1)
     launch = Launch(case.kernel, grid, (*values, rows, extent, columns, case.taps))
-    out = run(launch, {"source": source, "first": first, "weights": weights, "out": np.zeros_like(expected)})["out"]
+    out = run(launch, {"source": source, "first": first, "weights": weights, "out": np.zeros(expected.shape, np.uint8)})["out"]
     return int((out != expected).sum())
 
 
