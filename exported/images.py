@@ -116,7 +116,10 @@ class FramedImage:
     framing: Framing
 
     def render(self) -> View:
-        """What the network takes, made by Pillow."""
+        """What the network takes, made by Pillow if there is a resize to do; a part of `rgb` otherwise."""
+        if self.framing.resized_size == self.framing.image_size:
+            left, top, right, bottom = self.framing.crop
+            return View(self.rgb[top:bottom, left:right], self.framing)
         return _render(Image.fromarray(self.rgb), self.framing)
 
 

@@ -266,10 +266,11 @@ def _warn_if_cropped(framing: Framing) -> None:
 def _in_images(found: PairMatches, framing0: Framing, framing1: Framing, border: int, min_confidence: float) -> Matches:
     """Matches in pixels of the images, without those too near the edge of the network's input or of too little confidence."""
     kept = found.confidence >= min_confidence
-    for xy, framing in ((found.xy1, framing0), (found.xy2, framing1)):
-        height, width = framing.shape
-        x, y = xy.T
-        kept &= (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
+    if border > 0:
+        for xy, framing in ((found.xy1, framing0), (found.xy2, framing1)):
+            height, width = framing.shape
+            x, y = xy.T
+            kept &= (x >= border) & (x < width - border) & (y >= border) & (y < height - border)
     return Matches(
         keypoints0=framing0.to_image(found.xy1[kept]),
         keypoints1=framing1.to_image(found.xy2[kept]),

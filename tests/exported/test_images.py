@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from smc.exported.errors import BadImage, InputMissing, UsageError
-from smc.exported.images import MAX_PIXELS, ExifChoice, View, load_image, load_view, open_image, trained_geometry
+from smc.exported.images import MAX_PIXELS, ExifChoice, View, load_framed, load_image, load_view, open_image, trained_geometry
 from tests.conformance import load_case, make_image
 
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -574,6 +574,15 @@ def test_otherwise_the_crop_that_keeps_most_is_taken(width: int, height: int) ->
     ratios = [width / height * rows / cols for rows, cols in shapes]
     best = max(min(ratio, 1 / ratio) for ratio in ratios)
     assert view.framing.kept == pytest.approx(best, abs=0.02)
+
+
+@pytest.mark.parametrize("size", [(128, 96), (128, 100), (131, 96), (96, 128), (140, 105), (20, 15)])
+def test_framed_images_become_the_same_views(size: tuple[int, int]) -> None:
+    """Resized and cropped, only cropped, and neither."""
+    image = np.asarray(noise(size=size))
+    view, rendered = load_view(image, SHAPES), load_framed(image, SHAPES).render()
+    assert rendered.framing == view.framing
+    np.testing.assert_array_equal(rendered.rgb, view.rgb)
 
 
 def test_a_long_image_fits_a_small_bundle() -> None:
