@@ -54,7 +54,8 @@ def run_on_gpu(launch: Launch, operands: Arrays) -> dict[str, NDArray[Any]]:
 
     device = cuda_memory.devices()[0]
     cuda_memory.use_device(device.index)
-    plan, code = assemble([launch], {name: (array.dtype.name, array.shape) for name, array in operands.items()}, sm=sm_number(device.sm))
+    dtypes = {name: "bfloat16" if array.dtype == np.uint16 else array.dtype.name for name, array in operands.items()}  # its bits
+    plan, code = assemble([launch], {name: (dtypes[name], array.shape) for name, array in operands.items()}, sm=sm_number(device.sm))
     program = plan.programs[0]
     pool, stream = cuda_memory.device_pool(), cuda_memory.Stream()
     arena = cuda_memory.DeviceArray(pool, (program.arena_bytes,), np.uint8)
