@@ -119,17 +119,16 @@ class Matcher:
         """
         _check_options(subsample, pixel_tol, both_ways, border, min_confidence)
         request = MatchRequest(subsample, pixel_tol, both_ways, points3d)
-        framings: tuple[Framing, Framing]
         if isinstance(self._engine, MatchingEngine):
             framed0, framed1 = self._load_both(load_framed, image0, image1, exif)
             framings = framed0.framing, framed1.framing
+            _warn_if_cropped(*framings)
             found = self._engine.match_images(framed0, framed1, request)
         else:
             view0, view1 = self._load_both(load_view, image0, image1, exif)
             framings = view0.framing, view1.framing
+            _warn_if_cropped(*framings)
             found = self._match_on_host(self._engine.encode(view0.rgb[None]), self._engine.encode(view1.rgb[None]), request)
-        for framing in framings:
-            _warn_if_cropped(framing)
         return _in_images(found, *framings, border, min_confidence)
 
     def encode(self, image: ImageSource, *, exif: ExifChoice = "apply") -> Features:
@@ -137,12 +136,11 @@ class Matcher:
         shapes = self.manifest.input_shapes
         if isinstance(self._engine, MatchingEngine):
             framed = load_framed(image, shapes, exif)
-            framing, tokens = framed.framing, self._engine.encode_image(framed)
-        else:
-            view = load_view(image, shapes, exif)
-            framing, tokens = view.framing, self._engine.encode(view.rgb[None])
-        _warn_if_cropped(framing)
-        return Features(tokens, framing, self.manifest.build_key)
+            _warn_if_cropped(framed.framing)
+            return Features(self._engine.encode_image(framed), framed.framing, self.manifest.build_key)
+        view = load_view(image, shapes, exif)
+        _warn_if_cropped(view.framing)
+        return Features(self._engine.encode(view.rgb[None]), view.framing, self.manifest.build_key)
 
     def match_features(
         self,
@@ -252,15 +250,16 @@ class Matcher:
             )
 
 
-def _warn_if_cropped(framing: Framing) -> None:
-    """Warn of an image that the crop loses much of."""
-    if framing.kept < WARN_KEPT:
-        width, height = framing.image_size
-        warnings.warn(
-            f"the bundle's input shapes keep only {framing.kept:.0%} of a {width}x{height} image; "
-            "build it with a --shape of that aspect ratio",
-            stacklevel=3,
-        )
+def _warn_if_cropped(*framings: Framing) -> None:
+    """Warn of images that the crop loses much of."""
+    for framing in framings:
+        if framing.kept < WARN_KEPT:
+            width, height = framing.image_size
+            warnings.warn(
+                f"the bundle's input shapes keep only {framing.kept:.0%} of a {width}x{height} image; "
+                "build it with a --shape of that aspect ratio",
+                stacklevel=3,
+            )
 
 
 def _in_images(found: PairMatches, framing0: Framing, framing1: Framing, border: int, min_confidence: float) -> Matches:

@@ -1,6 +1,7 @@
 """The weights of Pillow's resize, so that the same can be done elsewhere, to the last bit.
 
-Pillow resizes 8-bit images across and then down, and rounds to 8 bits in between. A pixel of the result is
+Pillow resizes 8-bit images across and then down, or the other way round (`is_down_first`), and rounds to 8 bits in between. A pixel of the
+result is
 
     clamp((2^21 + sum over k of weights[k] * source[first + k]) >> 22, 0, 255)
 
@@ -16,12 +17,15 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 
 Filter = Literal["lanczos", "bicubic"]
 
 PRECISION_BITS = 22
 """Of the weights: a weight of 1 is 2^22."""
+
+_PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +47,10 @@ class Resampling:
         return int(self.first.min()), int(neighbours[self.weights != 0].max()) + 1
 
 
-def is_across_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
-    """Whether any Pillow resizes (width, height) across first: from version 13 on not where the height shrinks by twice as much or more."""
+def is_down_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
+    """Whether the installed Pillow resizes (width, height) down first: from 13 on, where the height shrinks by over twice as much."""
     (width, height), (new_width, new_height) = size, resized
-    return height <= new_height or height - new_height < 2 * (width - new_width)
+    return _PILLOW >= 13 and height > new_height and height - new_height > 2 * (width - new_width)
 
 
 @lru_cache(maxsize=64)

@@ -48,6 +48,17 @@ class Call:
     label: str
 
 
+def sources(calls: Sequence[Call], wanted: set[Buffer]) -> set[int]:
+    """The calls that buffers come from, by number."""
+    wanted, found = set(wanted), set()
+    for number in reversed(range(len(calls))):
+        call = calls[number]
+        if any(call.operands[name] in wanted for name in call.writes):
+            found.add(number)
+            wanted |= {buffer for name, buffer in call.operands.items() if name not in call.writes}
+    return found
+
+
 class Context:
     """The state of a graph's lowering.
 

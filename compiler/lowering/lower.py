@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from smc.compiler.launch_program import ALIGNMENT, itemsize
 from smc.compiler.lowering.attention import lower_attention, lower_rotary
-from smc.compiler.lowering.context import Call, CannotLower, Context, dtype_name
+from smc.compiler.lowering.context import Call, CannotLower, Context, dtype_name, sources
 from smc.compiler.lowering.elementwise import FUNCTIONS, lower_clip, lower_elementwise, lower_reduction
 from smc.compiler.lowering.heads import lower_descriptor_head, lower_point_head
 from smc.compiler.lowering.linear import lower_matmul, lower_pointwise, lower_transposed
@@ -40,13 +40,8 @@ class Lowered:
     def only(self, outputs: Collection[str]) -> Lowered:
         """The same with but some of its outputs, and the calls that those need."""
         kept = {name: view for name, view in self.outputs.items() if name in outputs}
-        needed = {view.buffer for view in kept.values()}
-        calls: list[Call] = []
-        for call in reversed(self.calls):
-            if any(call.operands[name] in needed for name in call.writes):
-                needed.update(call.operands.values())
-                calls.append(call)
-        return Lowered(calls[::-1], self.inputs, kept)
+        needed = sources(self.calls, {view.buffer for view in kept.values()})
+        return Lowered([call for number, call in enumerate(self.calls) if number in needed], self.inputs, kept)
 
 
 def lower(graph: gs.Graph) -> Lowered:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from smc.compiler.lowering.context import Call
+from smc.compiler.lowering.context import Call, sources
 from smc.compiler.lowering.views import Buffer, View
 
 DECODERS, HEADS = "decoders", "heads"
@@ -22,20 +22,9 @@ def parts(calls: Sequence[Call], outputs: Mapping[str, View]) -> list[str]:
     kinds = (_POINTS, _DESCRIPTORS)
     if any(outputs.keys().isdisjoint(kind) for kind in kinds):
         return [""] * len(calls)
-    serve_both = _sources(calls, _buffers(outputs, _POINTS)) & _sources(calls, _buffers(outputs, _DESCRIPTORS))
+    serve_both = sources(calls, _buffers(outputs, _POINTS)) & sources(calls, _buffers(outputs, _DESCRIPTORS))
     return [DECODERS if number in serve_both else HEADS for number in range(len(calls))]
 
 
 def _buffers(outputs: Mapping[str, View], names: Iterable[str]) -> set[Buffer]:
     return {outputs[name].buffer for name in names if name in outputs}
-
-
-def _sources(calls: Sequence[Call], wanted: set[Buffer]) -> set[int]:
-    """The calls that buffers come from, by number."""
-    wanted, found = set(wanted), set()
-    for number in reversed(range(len(calls))):
-        call = calls[number]
-        if any(call.operands[name] in wanted for name in call.writes):
-            found.add(number)
-            wanted |= {buffer for name, buffer in call.operands.items() if name not in call.writes}
-    return found

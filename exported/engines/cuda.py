@@ -156,6 +156,8 @@ class CudaEngine:
         shapes: tuple[Shape, ...]
         if program.stage == "encoder":
             (image,), (features,) = program.inputs.values(), program.outputs.values()
+            if len(image.shape) != 4 or image.shape[3 if image.dtype == "uint8" else 1] != 3:
+                raise ValueError(f"images are {image.dtype} {image.shape}")
             shape = _shape(image.shape[2:4] if image.shape[1] == 3 else image.shape[1:3])
             if self._image_shapes.setdefault(features.shape[1:], shape) != shape:
                 raise BundleDamaged(f"{PLAN}: features of two image shapes cannot be told apart")
@@ -170,10 +172,19 @@ class CudaEngine:
         self._programs.setdefault((program.stage, shapes), {})[batch] = program
 
     def _check_complete(self) -> None:
-        """Raise BundleDamaged unless every kind of program can take one, and what is decoded can be matched."""
-        decoded, *matched = ({shapes for stage, shapes in self._programs if stage == kind} for kind in ("decoder", "describer", "matcher"))
-        if any(1 not in programs for programs in self._programs.values()) or matched != [decoded, decoded]:
+        """Raise BundleDamaged unless every kind of program can take one, and what is decoded can be matched.
+
+        Plans of before there were describers have none.
+        """
+        decoded, described, matched = (
+            {shapes for stage, shapes in self._programs if stage == kind} for kind in ("decoder", "describer", "matcher")
+        )
+        if any(1 not in programs for programs in self._programs.values()) or decoded != matched or not described <= decoded:
             raise BundleDamaged(f"{PLAN}: programs are missing")
+        for shapes in described:
+            whole = self._programs["decoder", shapes][1].outputs
+            if any(whole.get(name) != region for name, region in self._programs["describer", shapes][1].outputs.items()):
+                raise BundleDamaged(f"{PLAN}: a describer's outputs lie elsewhere than its decoder's")
 
     def _encode(self, session: _Session, images: NDArray[Any] | Sequence[FramedImage]) -> cuda.DeviceArray:
         """Queue the encoder. Its features are there when the session is done, or for what comes after it on the session's stream."""
@@ -200,7 +211,8 @@ class CudaEngine:
     def _put_image(self, session: _Session, region: Region, row: int, image: NDArray[Any] | FramedImage) -> None:
         """Queue what makes an image a row of the encoder's input."""
         if isinstance(image, FramedImage):
-            if self._resizer is not None and region.dtype == "uint8" and self._resizer.takes(image.framing):
+            framing = image.framing
+            if self._resizer is not None and region.dtype == "uint8" and framing.resized_size != framing.image_size:
                 self._with_room(partial(session.resize, self._resizer, image, region, row))
                 return
             image = image.render().rgb
@@ -246,8 +258,9 @@ class CudaEngine:
 
     def _matching(self, shapes: tuple[Shape, ...], request: MatchRequest) -> tuple[Program, Program]:
         """What decodes as much of a pair as is asked for, and what matches it. Raises BadInput: there is nothing for these shapes."""
+        describes = not request.points3d and ("describer", shapes) in self._programs
         ((decoder, _),), ((matcher, _),) = (
-            self._chunks(stage, shapes, 1) for stage in ("decoder" if request.points3d else "describer", "matcher")
+            self._chunks(stage, shapes, 1) for stage in ("describer" if describes else "decoder", "matcher")
         )
         return decoder, matcher
 
@@ -374,13 +387,15 @@ class _Session:
 
     def put(self, region: Region, row: int, values: NDArray[Any]) -> None:
         """Queue a copy of a row of an input of a prepared program."""
+        self._whole.clear()
         self._held.append(values)
         self._stream.copy(self._base + region.offset + row * values.nbytes, values.ctypes.data, values.nbytes)
 
     def resize(self, resizer: Resizer, image: FramedImage, region: Region, row: int) -> None:
         """Queue what makes an image a row of an input, uint8 (B, H, W, 3), of a prepared program."""
         out = self._base + region.offset + row * math.prod(region.shape[1:])
-        self._held.append(resizer.enqueue(image, out, self._stream))
+        self._whole.clear()
+        resizer.enqueue(image, out, self._stream, self._held)
 
     def matcher(self, program: Program, staging: cuda.MemoryPool) -> CudaMatcher:
         """The matching of what a decoder has left in the arena."""

@@ -59,6 +59,7 @@ class _WholeGpu:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Wait for the right, and have it for a while."""
+        _check_process()  # where a thread that is gone may have it for ever
         try:
             with self._lock, self._counted():
                 yield
@@ -330,6 +331,7 @@ class MemoryPool:
                 self._idle.setdefault(size, []).extend(addresses)
 
     def _new(self, nbytes: int) -> int:
+        _check_process()
         status, address = self._allocate(nbytes)
         if status == _Status.cudaErrorMemoryAllocation:
             self.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from smc.exported.engines.cuda_launch import Kernels, launch
 from smc.exported.engines.cuda_memory import DeviceArray, MemoryPool, Stream, pinned_array
 from smc.exported.engines.cuda_program import Resize
-from smc.exported.images import FramedImage, Framing
-from smc.exported.resampling import is_across_first, resampling
+from smc.exported.images import FramedImage
+from smc.exported.resampling import is_down_first, resampling
 
 _ALIGNMENT = 256
 _CHANNELS = 3
@@ -26,38 +26,43 @@ class Resizer:
         """`memory` is a pool of the GPU's, `staging` one of page-locked memory."""
         self._resize, self._kernels, self._memory, self._staging = resize, kernels, memory, staging
 
-    def takes(self, framing: Framing) -> bool:
-        """Whether it gives what Pillow does, and there is something to do."""
-        return framing.resized_size != framing.image_size and is_across_first(framing.image_size, framing.resized_size)
-
-    def enqueue(self, image: FramedImage, out: int, stream: Stream) -> object:
+    def enqueue(self, image: FramedImage, out: int, stream: Stream, held: list[Any]) -> None:
         """Queue what makes an image the network's input, uint8 (H, W, 3) at the address `out`.
 
-        Returns:
-            What has to be kept until the stream is done with it.
+        Args:
+            held: takes what has to be kept until the stream is done with it, also where this fails.
 
         Raises:
             OutOfMemory, BackendFailed: CUDA refused.
         """
+        for kernel in (self._resize.across, self._resize.down):
+            self._kernels[kernel]  # loaded now: what fails half-way leaves work behind
         framing = image.framing
         left, top, right, bottom = framing.crop
         across = resampling(framing.image_size[0], framing.resized_size[0], left, right, framing.filter)
         down = resampling(framing.image_size[1], framing.resized_size[1], top, bottom, framing.filter)
         begin, end = down.source  # rows of the image that the crop leaves out are not even copied
+        rows, columns, (height, width) = end - begin, framing.image_size[0], framing.shape
+        down_first = is_down_first(framing.image_size, framing.resized_size)
+
         given: tuple[NDArray[Any], ...] = (image.rgb[begin:end], across.first, across.weights, down.first - np.int32(begin), down.weights)
-        layout = _Layout.of([values.nbytes for values in given] + [(end - begin) * (right - left) * _CHANNELS])
-
-        staged = pinned_array(self._staging, (layout.nbytes,), np.uint8)
-        for values, offset in zip(given, layout.offsets, strict=False):
+        between_bytes = (height * columns if down_first else rows * width) * _CHANNELS
+        *offsets, between_offset, nbytes = _offsets([*(values.nbytes for values in given), between_bytes])
+        staged = pinned_array(self._staging, (_block(between_offset),), np.uint8)
+        block = DeviceArray(self._memory, (_block(nbytes),), np.uint8)
+        held += [staged, block]
+        for values, offset in zip(given, offsets, strict=True):
             staged[offset : offset + values.nbytes].view(values.dtype).reshape(values.shape)[...] = values
-        block = DeviceArray(self._memory, (layout.nbytes,), np.uint8)
-        stream.copy(block.address, staged.ctypes.data, layout.offsets[-1])
+        stream.copy(block.address, staged.ctypes.data, between_offset)
 
-        source, *tables, between = (block.address + offset for offset in layout.offsets)
-        rows, width, height = end - begin, right - left, bottom - top
-        self._launch(self._resize.across, rows, width, (source, *tables[:2], between), framing.image_size[0], across.weights, stream)
-        self._launch(self._resize.down, height, width, (between, *tables[2:], out), rows, down.weights, stream)
-        return staged, block
+        between = block.address + between_offset
+        source, *tables = (block.address + offset for offset in offsets)
+        if down_first:
+            self._launch(self._resize.down, height, columns, (source, *tables[2:], between), rows, down.weights, stream)
+            self._launch(self._resize.across, height, width, (between, *tables[:2], out), columns, across.weights, stream)
+        else:
+            self._launch(self._resize.across, rows, width, (source, *tables[:2], between), columns, across.weights, stream)
+            self._launch(self._resize.down, height, width, (between, *tables[2:], out), rows, down.weights, stream)
 
     def _launch(
         self,
@@ -76,18 +81,11 @@ class Resizer:
         launch(self._kernels, kernel, grid, arguments, stream, "resizing an image")
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Arrays one behind the other in a block: where each begins, and the block's size."""
+def _offsets(sizes: list[int]) -> list[int]:
+    """Where arrays of so many bytes begin, one behind the other, and where the last one ends."""
+    return list(itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
 
-    offsets: list[int]
-    nbytes: int
 
-    @staticmethod
-    def of(sizes: list[int]) -> _Layout:
-        offsets, end = [], 0
-        for size in sizes:
-            offsets.append(end)
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
-        # Of few sizes, since pools keep blocks of every size that was ever asked for.
-        return _Layout(offsets, 1 << (end - 1).bit_length())
+def _block(nbytes: int) -> int:
+    """A power of two: of few sizes, since pools keep blocks of every size that was ever asked for."""
+    return 1 << (nbytes - 1).bit_length()

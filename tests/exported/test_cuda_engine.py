@@ -266,6 +266,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         engine_module, "CudaMatcher", lambda program, kernels, bases, stream, staging: FakeMatcher(fake, program, bases["arena"], stream)
     )
     monkeypatch.setattr(cuda_resize, "launch", launch_resize)
+    monkeypatch.setattr(engine_module.Kernels, "__getitem__", lambda self, number: number)
     # DeviceArray.__array__ copies with this.
     monkeypatch.setattr(cudart, "cudaMemcpy", lambda to, source, nbytes, kind: (ctypes.memmove(to, source, nbytes), (SUCCESS,))[1])
     return fake
@@ -280,10 +281,9 @@ def engine(gpu: FakeGpu) -> CudaEngine:
     "left_out",
     [
         lambda program: program.stage == "matcher",
-        lambda program: program.stage == "describer",
         lambda program: program.stage == "encoder" and program.inputs["image"].shape[0] == 1,
     ],
-    ids=["no matching", "no descriptors alone", "no single image"],
+    ids=["no matching", "no single image"],
 )
 def test_plans_without_a_program_that_is_needed_are_damaged(gpu: FakeGpu, left_out: Callable[[Program], bool]) -> None:
     plan = made_up_plan()
@@ -292,7 +292,23 @@ def test_plans_without_a_program_that_is_needed_are_damaged(gpu: FakeGpu, left_o
         CudaEngine(made_up_files() | {"plan.json": memoryview(encode_plan(plan))}, manifest())
 
 
-@pytest.mark.parametrize("changes", [{"stage": "dreamer"}, {"outputs": {}}])
+def test_a_describer_lies_where_its_decoder_does(gpu: FakeGpu) -> None:
+    plan = made_up_plan()
+    programs = list(plan.programs)
+    number = next(i for i, program in enumerate(programs) if program.stage == "describer")
+    region = programs[number].outputs["desc2"]
+    moved = programs[number].outputs | {"desc2": msgspec.structs.replace(region, offset=region.offset - 256)}
+    programs[number] = msgspec.structs.replace(programs[number], outputs=moved)
+    with pytest.raises(BundleDamaged, match="lie elsewhere"):
+        CudaEngine(
+            made_up_files() | {"plan.json": memoryview(encode_plan(msgspec.structs.replace(plan, programs=tuple(programs))))}, manifest()
+        )
+
+
+ODD_IMAGE = {"image": Region("arena", 0, "uint8", (1, 32, 48))}
+
+
+@pytest.mark.parametrize("changes", [{"stage": "dreamer"}, {"outputs": {}}, {"inputs": ODD_IMAGE}])
 def test_programs_that_no_engine_knows_are_damaged(gpu: FakeGpu, changes: dict[str, Any]) -> None:
     plan = made_up_plan()
     strange = msgspec.structs.replace(plan.programs[0], **changes)
@@ -423,17 +439,70 @@ def test_images_become_what_pillow_makes_of_them(gpu: FakeGpu, engine: CudaEngin
     assert features.shape[0] == 1
     np.testing.assert_array_equal(inputs[0], wanted.rgb[None])
     inputs.clear()
-    engine.match_images(given, given, REQUEST)
-    np.testing.assert_array_equal(inputs[0], np.stack([wanted.rgb] * 2))
+    # Two, whose copies are all queued before the first is done.
+    engine.match_images(given, load_framed(255 - image, [WIDE, HIGH]), REQUEST)
+    np.testing.assert_array_equal(inputs[0], np.stack([wanted.rgb, load_view(255 - image, [WIDE, HIGH]).rgb]))
 
 
-def test_plans_that_do_not_resize_have_it_done_for_them(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_queued_keeps_its_memory_where_a_launch_fails(gpu: FakeGpu, engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the second try finds other memory."""
+    failures = [OutOfMemory("once")]
+
+    def fail_once(kernels: object, number: int, *given: Any) -> None:
+        if number == DOWN and failures:
+            raise failures.pop()
+        launch_resize(kernels, number, *given)
+
+    monkeypatch.setattr(cuda_resize, "launch", fail_once)
+    free: list[int] = []
+    gpu.meanwhile = lambda: free.append(sum(len(blocks) for pool in (engine._memory, engine._staging) for blocks in pool._idle.values()))
     image = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     wanted = np.asarray(CudaEngine(made_up_files(), manifest()).encode_image(load_framed(image, [WIDE])))
-    older = msgspec.structs.replace(made_up_plan(), resize=None)
+    np.testing.assert_array_equal(np.asarray(engine.encode_image(load_framed(image, [WIDE]))), wanted)
+    assert not failures
+    assert free[-1] == 0
+
+
+def test_only_the_rows_that_a_crop_needs_are_copied(gpu: FakeGpu, engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    copy = FakeStream.copy
+    monkeypatch.setattr(FakeStream, "copy", lambda self, to, source, nbytes: (copied.append(nbytes), copy(self, to, source, nbytes)))
+    engine.encode_image(load_framed(np.zeros((640, 64, 3), np.uint8), [WIDE]))
+    assert max(copied) < 640 * 64 * 3 / 4
+
+
+def test_a_plan_of_float32_images_has_them_resized_for_it(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cuda_resize, "launch")
+    plan = made_up_plan()
+    programs = list(plan.programs)
+    for i, program in enumerate(programs):
+        if program.stage == "encoder":
+            batch, height, width, _ = program.inputs["image"].shape
+            region = msgspec.structs.replace(
+                program.inputs["image"], dtype="float32", shape=(batch, 3, height, width), offset=program.arena_bytes
+            )
+            arena = program.arena_bytes + 12 * batch * height * width
+            programs[i] = msgspec.structs.replace(program, inputs={"image": region}, arena_bytes=arena)
+    floats = msgspec.structs.replace(plan, programs=tuple(programs))
+    engine = CudaEngine(made_up_files() | {"plan.json": memoryview(encode_plan(floats))}, manifest())
+    inputs: list[np.ndarray] = []
+    gpu.seen = lambda program, base: inputs.append(view(base, next(iter(program.inputs.values()))).copy())
+    image = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    monkeypatch.setattr(f"{__name__}.compute", lambda program, base: None)  # the made-up encoder takes bytes
+    engine.encode_image(load_framed(image, [WIDE]))
+    np.testing.assert_array_equal(inputs[0][0], load_view(image, [WIDE]).pixels)
+
+
+def test_older_plans_neither_resize_nor_describe(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    wanted = np.asarray(CudaEngine(made_up_files(), manifest()).encode_image(load_framed(image, [WIDE])))
+    plan = made_up_plan()
+    older = msgspec.structs.replace(plan, resize=None, programs=tuple(one for one in plan.programs if one.stage != "describer"))
     monkeypatch.delattr(cuda_resize, "launch")
     engine = CudaEngine(made_up_files() | {"plan.json": memoryview(encode_plan(older))}, manifest())
     np.testing.assert_array_equal(np.asarray(engine.encode_image(load_framed(image, [WIDE]))), wanted)
+    engine.match_images(framed(1), framed(2), REQUEST)
+    assert gpu.launches[-1] == ("decoder", 1)  # the whole one, where there is no describer
 
 
 def test_images_of_many_sizes_take_no_more_memory(gpu: FakeGpu, engine: CudaEngine) -> None:
@@ -442,7 +511,7 @@ def test_images_of_many_sizes_take_no_more_memory(gpu: FakeGpu, engine: CudaEngi
 
     encode(400)
     held = len(gpu.memory.blocks), len(gpu.pinned.blocks)
-    for width in range(350, 400):
+    for width in range(370, 400):
         encode(width)
     assert (len(gpu.memory.blocks), len(gpu.pinned.blocks)) == held
 

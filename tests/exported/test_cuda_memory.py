@@ -348,6 +348,9 @@ def test_a_process_that_was_forked_too_late_has_no_gpu(monkeypatch: pytest.Monke
     assert all("'spawn'" in refusal.fix for refusal in refusals("forked"))
     answers |= {"cudaGetDeviceCount": (SUCCESS, 1), "cudaSetDevice": (SUCCESS,)}  # as some calls do
     assert all("'spawn'" in refusal.fix for refusal in refusals("forked"))
+    for wait_or_allocate in (cuda.WHOLE_GPU.held().__enter__, lambda: cuda.device_pool().take(8)):
+        with pytest.raises(NoTarget, match="forked"):
+            wait_or_allocate()
 
 
 def test_other_failures_are_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from smc.exported.resampling import Filter, is_across_first, resampling
+from smc.exported import resampling as resampling_module
+from smc.exported.resampling import Filter, is_down_first, resampling
 from smc.plugins.resize import reference
 
 
@@ -24,6 +25,8 @@ def resized(source: np.ndarray, size: tuple[int, int], crop: tuple[int, int, int
     left, top, right, bottom = crop
     columns, rows = resampling(source.shape[1], size[0], left, right, kind), resampling(source.shape[0], size[1], top, bottom, kind)
     begin, end = rows.source
+    if is_down_first(source.shape[1::-1], size):
+        return reference.across(reference.down(source[begin:end], rows.first - begin, rows.weights), columns.first, columns.weights)
     between = reference.across(source[begin:end], columns.first, columns.weights)
     return reference.down(between, rows.first - begin, rows.weights)
 
@@ -32,7 +35,6 @@ def resized(source: np.ndarray, size: tuple[int, int], crop: tuple[int, int, int
 @given(st.integers(1, 300), st.integers(1, 300), st.floats(0.05, 4), st.floats(0.9, 1.1), st.data())
 def test_it_is_pillows(width: int, height: int, scale: float, stretch: float, data: st.DataObject) -> None:
     size = max(2, round(width * scale)), max(2, round(height * scale * stretch))
-    assume(is_across_first((width, height), size))
     left, right = sorted(data.draw(st.lists(st.integers(0, size[0]), min_size=2, max_size=2, unique=True)))
     top, bottom = sorted(data.draw(st.lists(st.integers(0, size[1]), min_size=2, max_size=2, unique=True)))
     kind: Filter = data.draw(st.sampled_from(("lanczos", "bicubic")))
@@ -43,7 +45,14 @@ def test_it_is_pillows(width: int, height: int, scale: float, stretch: float, da
 
 @pytest.mark.parametrize(
     ("size", "to"),
-    [((640, 480), (512, 384)), ((4000, 3000), (512, 384)), ((1920, 1080), (512, 288)), ((333, 500), (341, 512)), ((7, 5), (512, 366))],
+    [
+        ((640, 480), (512, 384)),
+        ((4000, 3000), (512, 384)),
+        ((1920, 1080), (512, 288)),
+        ((333, 500), (341, 512)),
+        ((7, 5), (512, 366)),
+        ((1179, 2556), (236, 512)),
+    ],
 )
 def test_sizes_that_are_common(size: tuple[int, int], to: tuple[int, int]) -> None:
     source = pixels(1, size[1], size[0])
@@ -52,13 +61,12 @@ def test_sizes_that_are_common(size: tuple[int, int], to: tuple[int, int]) -> No
     np.testing.assert_array_equal(resized(source, to, (0, 0, *to), kind), wanted)
 
 
-@pytest.mark.parametrize("taller", [1.3, 1.9, 1.99])
-def test_photographs_and_wide_images_are_resized_across_first(taller: float) -> None:
-    for width in (400, 1000, 3024):
-        height = round(taller * width)
-        for size in ((width, height), (height, width)):
-            scale = 512 / max(size)
-            assert is_across_first(size, (round(size[0] * scale), round(size[1] * scale)))
+@pytest.mark.parametrize("version", [12, 13])
+def test_tall_images_are_resized_down_first_from_pillow_13_on(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    monkeypatch.setattr(resampling_module, "_PILLOW", version)
+    assert is_down_first((1179, 2556), (236, 512)) == (version == 13)
+    for size, to in (((3000, 4000), (384, 512)), ((4000, 3000), (512, 384)), ((1000, 1990), (257, 512)), ((100, 200), (120, 240))):
+        assert not is_down_first(size, to)
 
 
 def test_only_what_a_crop_needs_is_read() -> None:
