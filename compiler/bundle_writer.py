@@ -15,15 +15,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from smc.exported.errors import Busy, CannotWrite, DiskError, SmcError
+from smc.compiler.output_files import writing
+from smc.exported.errors import Busy, CannotWrite
 from smc.exported.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileInfo, Manifest, encode_manifest
-
-DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def prepare_target(target: Path) -> Path:
@@ -32,7 +31,7 @@ def prepare_target(target: Path) -> Path:
     Raises:
         CannotWrite: it cannot.
     """
-    with disk_errors(target):
+    with _writing(target):
         # What lies beside the target is named after it, so it must have a name: `..` and `/` have none.
         target = target.absolute() if target.name not in ("", "..") else target.resolve()
         _check_replaceable(target)
@@ -97,7 +96,7 @@ def target_lock(target: Path, wait: bool, on_wait: Callable[[], None]) -> Iterat
 
 def sweep_stale(target: Path) -> None:
     """Remove what killed builds of this target left behind. Call it with the target's lock held."""
-    with disk_errors(target):
+    with _writing(target):
         for stale in _beside(target, "old"):
             if target.exists():
                 shutil.rmtree(stale, ignore_errors=True)
@@ -126,7 +125,7 @@ class Staging:
         self.target = target
 
     def __enter__(self) -> Staging:
-        with disk_errors(self.target):
+        with _writing(self.target):
             self.path = _make_staging(self.target)
         return self
 
@@ -136,13 +135,13 @@ class Staging:
     @contextmanager
     def writing(self) -> Iterator[Path]:
         """The directory to write files into; operating system errors inside become DiskError."""
-        with disk_errors(self.target):
+        with _writing(self.target):
             yield self.path
 
     def seal(self) -> dict[str, FileInfo]:
         """Flush every file to disk; returns their sizes and hashes."""
         infos = {}
-        with disk_errors(self.target):
+        with _writing(self.target):
             for file in sorted(self.path.iterdir()):
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
@@ -152,7 +151,7 @@ class Staging:
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and put the bundle in the target's place. If any of it fails, the target is as it was."""
-        with disk_errors(self.target):
+        with _writing(self.target):
             with (self.path / MANIFEST_NAME).open("wb") as stream:
                 stream.write(encode_manifest(manifest))
                 stream.flush()
@@ -175,19 +174,8 @@ class Staging:
                 raise
 
 
-@contextmanager
-def disk_errors(target: Path, option: str = "--out") -> Iterator[None]:
-    """Turn what the system says of writing to `target`, which `option` named, into CannotWrite and DiskError."""
-    try:
-        yield
-    except SmcError:
-        raise
-    except OSError as error:
-        # Without a number it comes from a library whose write fell short: numpy's, of a full disk.
-        midway = error.errno is None or error.errno in DISK_ERRNOS
-        kind = DiskError if midway else CannotWrite
-        fix = "free disk space; nothing of this build was kept" if midway else f"choose another {option}"
-        raise kind(f"writing {target}: {error.strerror or error}", fix=fix) from error
+def _writing(target: Path) -> AbstractContextManager[None]:
+    return writing(target, refused="choose another --out", midway="free disk space; nothing of this build was kept")
 
 
 def _exchange(one: Path, other: Path) -> None:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper
 
-from smc.compiler.bundle_writer import disk_errors
+from smc.compiler.output_files import writing
 from smc.exported.engines.onnxruntime import WEIGHTS_SUFFIX
 from smc.exported.errors import BadInput, BundleDamaged, InputMissing
 from smc.passes.base import GraphRefused
@@ -152,13 +152,13 @@ class GraphDumper:
     def __init__(self, directory: Path) -> None:
         """Make the directory. Raises CannotWrite, DiskError."""
         self._directory = directory
-        with disk_errors(directory, "--dump-graphs"):
+        with writing(directory, refused="choose another --dump-graphs"):
             (directory / "weights").mkdir(parents=True, exist_ok=True)
 
     def dump(self, stage: str, number: int, name: str, graph: gs.Graph) -> None:
         """Write one graph. Raises CannotWrite, DiskError."""
         model = gs.export_onnx(graph, do_type_check=False)
-        with disk_errors(self._directory, "--dump-graphs"):
+        with writing(self._directory, refused="choose another --dump-graphs"):
             for tensor in model.graph.initializer:
                 if len(tensor.raw_data) > _SMALL:
                     self._move_out(tensor)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from smc.compiler.bundle_writer import DISK_ERRNOS
 from smc.exported.errors import CannotWrite, DiskError, UsageError
+
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def check_output(path: Path | None, option: str, endings: tuple[str, ...]) -> None:
@@ -25,13 +27,19 @@ def check_output(path: Path | None, option: str, endings: tuple[str, ...]) -> No
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system refuses within becomes a CannotWrite that names `path`, or where it failed midway, as on a full disk, a DiskError."""
+def writing(path: Path, *, refused: str = "", midway: str = "free disk space") -> Iterator[None]:
+    """What the system refuses within becomes a CannotWrite that names `path`, or where it failed midway, as on a full disk, a DiskError.
+
+    Args:
+        refused, midway: the advice that goes with either.
+    """
     try:
         yield
     except OSError as error:
-        kind = DiskError if error.errno in DISK_ERRNOS else CannotWrite
-        raise kind(f"{path}: {error.strerror or error}") from error
+        # Without a number it comes from a library whose write fell short: numpy's, of a full disk.
+        failed_midway = error.errno is None or error.errno in _DISK_ERRNOS
+        kind, fix = (DiskError, midway) if failed_midway else (CannotWrite, refused)
+        raise kind(f"writing {path}: {error.strerror or error}", fix=fix) from error
 
 
 @contextmanager

@@ -15,13 +15,12 @@ import msgspec
 
 from smc.compiler.backends import cuda
 from smc.compiler.backends.plan_job import PlanJob
-from smc.compiler.bundle_writer import disk_errors
 from smc.compiler.kernel_cache import KernelCache
 from smc.compiler.launch_timing import Candidate, Operand, best, time_job, write_job
 from smc.compiler.lowering.context import Call
 from smc.compiler.lowering.lower import Lowered, lower
 from smc.compiler.operations import launches, tiles, workspace
-from smc.compiler.output_files import replacing
+from smc.compiler.output_files import replacing, writing
 from smc.compiler.targets import find_target
 from smc.compiler.tuning import Tuned, TuningFile, describe, tile_fields
 from smc.exported.bundle import open_bundle
@@ -61,7 +60,7 @@ def prepare(bundle: Path, directory: Path, cache: Path, report: Report = lambda 
     manifest = open_bundle(bundle).manifest
     if manifest.backend.name != cuda.NAME:
         raise UsageError(f"{bundle} is a {manifest.backend.name} plan, which has nothing to tune", fix="build one with --backend cuda")
-    with disk_errors(directory, "--prepare"):
+    with writing(directory, refused="choose another --prepare"):
         directory.mkdir(parents=True, exist_ok=True)
     target = find_target(manifest.target.gpu)
     sm = target.sm_number
@@ -89,7 +88,7 @@ def prepare(bundle: Path, directory: Path, cache: Path, report: Report = lambda 
             operations.setdefault(describe(operation), (operation, _matching_operands(operation)))
     report(f"compiling the candidates of {len(operations)} operations", 0.2)
     candidates = [candidate for operation, operands in operations.values() for candidate in _candidates(operation, operands, sm)]
-    with disk_errors(directory, "--prepare"):
+    with writing(directory, refused="choose another --prepare"):
         declined = write_job(candidates, sm, directory, KernelCache(cache / "kernels"))
         (directory / _ABOUT).write_bytes(msgspec.json.encode(_About(target.name, sm, compiler_version())))
     return len(candidates) - len(declined)

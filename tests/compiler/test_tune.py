@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from smc.compiler.targets import TARGETS
 from smc.compiler.tuning import Tuning, describe, tile_fields
 from smc.exported.engines import cuda_memory
 from smc.exported.engines.cuda_program import decode_plan
-from smc.exported.errors import BackendFailed, BadInput, CannotWrite, UsageError
+from smc.exported.errors import BackendFailed, BadInput, CannotWrite, DiskError, UsageError
 from smc.plugins.gemm.specification import Gemm
 from smc.plugins.matching.specification import Matching
 from tests.compiler.lowering.compiling import MadeUpKernels
@@ -92,6 +94,16 @@ def test_a_directory_that_cannot_be_written(place: str, bundle: Path) -> None:
     with pytest.raises(CannotWrite, match=re.escape(f"writing {bundle / place}")) as caught:
         tune.prepare(bundle, bundle / place, bundle / "cache")
     assert caught.value.fix == "choose another --prepare"
+
+
+def test_a_full_disk_is_said_to_be_full(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tune, "write_job", refuse)
+    with pytest.raises(DiskError, match=re.escape(f"writing {tmp_path / 'job'}: No space left")) as caught:
+        tune.prepare(bundle, tmp_path / "job", tmp_path / "cache")
+    assert caught.value.fix == "free disk space"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b'{"gpu": "h200"}'])
