@@ -182,9 +182,9 @@ class CudaEngine:
         if any(1 not in programs for programs in self._programs.values()) or decoded != matched or not described <= decoded:
             raise BundleDamaged(f"{PLAN}: programs are missing")
         for shapes in described:
-            whole = self._programs["decoder", shapes][1].outputs
-            if any(whole.get(name) != region for name, region in self._programs["describer", shapes][1].outputs.items()):
-                raise BundleDamaged(f"{PLAN}: a describer's outputs lie elsewhere than its decoder's")
+            whole, described_maps = (self._programs[stage, shapes][1].outputs for stage in ("decoder", "describer"))
+            if any(described_maps.get(name) != region for name, region in whole.items() if name.startswith("desc")):
+                raise BundleDamaged(f"{PLAN}: a describer leaves what is matched elsewhere than its decoder, or not at all")
 
     def _encode(self, session: _Session, images: NDArray[Any] | Sequence[FramedImage]) -> cuda.DeviceArray:
         """Queue the encoder. Its features are there when the session is done, or for what comes after it on the session's stream."""

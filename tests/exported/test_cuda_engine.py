@@ -292,17 +292,19 @@ def test_plans_without_a_program_that_is_needed_are_damaged(gpu: FakeGpu, left_o
         CudaEngine(made_up_files() | {"plan.json": memoryview(encode_plan(plan))}, manifest())
 
 
-def test_a_describer_lies_where_its_decoder_does(gpu: FakeGpu) -> None:
+@pytest.mark.parametrize("change", ["moved", "missing"])
+def test_a_describer_leaves_what_is_matched_where_its_decoder_does(gpu: FakeGpu, change: str) -> None:
     plan = made_up_plan()
     programs = list(plan.programs)
     number = next(i for i, program in enumerate(programs) if program.stage == "describer")
-    region = programs[number].outputs["desc2"]
-    moved = programs[number].outputs | {"desc2": msgspec.structs.replace(region, offset=region.offset - 256)}
-    programs[number] = msgspec.structs.replace(programs[number], outputs=moved)
-    with pytest.raises(BundleDamaged, match="lie elsewhere"):
-        CudaEngine(
-            made_up_files() | {"plan.json": memoryview(encode_plan(msgspec.structs.replace(plan, programs=tuple(programs))))}, manifest()
-        )
+    outputs = dict(programs[number].outputs)
+    region = outputs.pop("desc_conf2")
+    if change == "moved":
+        outputs["desc_conf2"] = msgspec.structs.replace(region, offset=region.offset - 256)
+    programs[number] = msgspec.structs.replace(programs[number], outputs=outputs)
+    changed = msgspec.structs.replace(plan, programs=tuple(programs))
+    with pytest.raises(BundleDamaged, match="a describer leaves what is matched elsewhere"):
+        CudaEngine(made_up_files() | {"plan.json": memoryview(encode_plan(changed))}, manifest())
 
 
 ODD_IMAGE = {"image": Region("arena", 0, "uint8", (1, 32, 48))}
