@@ -80,6 +80,11 @@ class Framing:
         return bottom - top, right - left
 
     @property
+    def is_resized(self) -> bool:
+        """Whether there is a resize to do."""
+        return self.resized_size != self.image_size
+
+    @property
     def filter(self) -> Filter:
         """Of the resize: the original's choice."""
         return "lanczos" if max(self.image_size) > max(self.resized_size) else "bicubic"
@@ -117,10 +122,10 @@ class FramedImage:
 
     def render(self) -> View:
         """What the network takes, made by Pillow if there is a resize to do; a part of `rgb` otherwise."""
-        if self.framing.resized_size == self.framing.image_size:
-            left, top, right, bottom = self.framing.crop
-            return View(self.rgb[top:bottom, left:right], self.framing)
-        return _render(Image.fromarray(self.rgb), self.framing)
+        if self.framing.is_resized:
+            return _render(Image.fromarray(self.rgb), self.framing)
+        left, top, right, bottom = self.framing.crop
+        return View(self.rgb[top:bottom, left:right], self.framing)
 
 
 def open_image(source: ImageSource, exif: ExifChoice = "apply") -> Image.Image:

@@ -83,7 +83,8 @@ def write_plan(job: PlanJob) -> dict[str, str]:
     from smc.compiler.launch_program import KernelTable
     from smc.compiler.lowering.context import CannotLower
     from smc.compiler.lowering.lower import lower
-    from smc.compiler.lowering.program import MATCHED, ProgramWriter
+    from smc.compiler.lowering.parts import DESCRIPTORS
+    from smc.compiler.lowering.program import ProgramWriter
     from smc.compiler.lowering.weight_file import WeightFile
 
     tuning = _tuning(job.target, job.tuning)
@@ -100,7 +101,7 @@ def write_plan(job: PlanJob) -> dict[str, str]:
                 programs.append(writer.write(stage, lowered))
                 if stage == "decoder" and batch == 1:
                     decoder = programs[-1]
-                    programs.append(writer.write("describer", lowered.only(MATCHED.values()), like=decoder))
+                    programs.append(writer.write("describer", lowered.only(DESCRIPTORS), like=decoder))
                     programs.append(writer.write_matcher(decoder))
             except CannotLower as error:
                 raise BadInput(f"{stage}: {error}", fix="--backend tensorrt or tensorrt-rtx may take this graph") from error

@@ -9,8 +9,9 @@ from smc.compiler.lowering.views import Buffer, View
 
 DECODERS, HEADS = "decoders", "heads"
 
-_POINTS = {"pts3d1", "pts3d2", "conf1", "conf2"}
-_DESCRIPTORS = {"desc1", "desc2", "desc_conf1", "desc_conf2"}
+POINTS = ("pts3d1", "pts3d2", "conf1", "conf2")
+DESCRIPTORS = ("desc1", "desc2", "desc_conf1", "desc_conf2")
+"""The decoder's outputs of either kind of heads."""
 
 
 def parts(calls: Sequence[Call], outputs: Mapping[str, View]) -> list[str]:
@@ -19,10 +20,10 @@ def parts(calls: Sequence[Call], outputs: Mapping[str, View]) -> list[str]:
     What points and descriptors both come from is the decoders'; what but one of them comes from is that head's. Names of nodes do not
     say it: exporters give them.
     """
-    kinds = (_POINTS, _DESCRIPTORS)
+    kinds = (POINTS, DESCRIPTORS)
     if any(outputs.keys().isdisjoint(kind) for kind in kinds):
         return [""] * len(calls)
-    serve_both = sources(calls, _buffers(outputs, _POINTS)) & sources(calls, _buffers(outputs, _DESCRIPTORS))
+    serve_both = sources(calls, _buffers(outputs, POINTS)) & sources(calls, _buffers(outputs, DESCRIPTORS))
     return [DECODERS if number in serve_both else HEADS for number in range(len(calls))]
 
 

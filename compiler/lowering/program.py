@@ -12,7 +12,7 @@ from smc.compiler.lowering.arena import Arena, pack
 from smc.compiler.lowering.context import Call
 from smc.compiler.lowering.lanes import assign
 from smc.compiler.lowering.lower import Lowered
-from smc.compiler.lowering.parts import parts
+from smc.compiler.lowering.parts import DESCRIPTORS, parts
 from smc.compiler.lowering.views import Buffer, View
 from smc.compiler.lowering.weight_file import WeightFile
 from smc.compiler.operations import default_tile, launches, workspace
@@ -22,9 +22,6 @@ from smc.plugins.compile import fits, shared_memory_limit
 from smc.plugins.launch import Launch
 from smc.plugins.matching import launches as matching
 from smc.plugins.matching.specification import Matching
-
-MATCHED = {"desc1": "desc1", "desc2": "desc2", "conf1": "desc_conf1", "conf2": "desc_conf2"}
-"""Operand of the matching -> the decoder's output that it is."""
 
 
 class ProgramWriter:
@@ -106,7 +103,7 @@ class ProgramWriter:
         Raises:
             ValueError: the maps are too large for it, or a kernel does not compile.
         """
-        places = {name: decoder.outputs[output] for name, output in MATCHED.items()}
+        places = {name: decoder.outputs[output] for name, output in zip(("desc1", "desc2", "conf1", "conf2"), DESCRIPTORS, strict=True)}
         shape1, shape2 = (places[name].shape[1:] for name in ("desc1", "desc2"))
         operation = Matching((shape1[0], shape1[1]), (shape2[0], shape2[1]), shape1[2])
         ((tile, launched),) = self._choose([(operation, "matching")])

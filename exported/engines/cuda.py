@@ -211,8 +211,7 @@ class CudaEngine:
     def _put_image(self, session: _Session, region: Region, row: int, image: NDArray[Any] | FramedImage) -> None:
         """Queue what makes an image a row of the encoder's input."""
         if isinstance(image, FramedImage):
-            framing = image.framing
-            if self._resizer is not None and region.dtype == "uint8" and framing.resized_size != framing.image_size:
+            if self._resizer is not None and region.dtype == "uint8" and image.framing.is_resized:
                 self._with_room(partial(session.resize, self._resizer, image, region, row))
                 return
             image = image.render().rgb

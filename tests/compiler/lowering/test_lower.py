@@ -17,7 +17,7 @@ from smc.compiler.graph_files import read_onnx
 from smc.compiler.graph_runner import GraphRunner
 from smc.compiler.lowering.context import CannotLower
 from smc.compiler.lowering.lower import lower
-from smc.compiler.lowering.program import MATCHED
+from smc.compiler.lowering.parts import DESCRIPTORS
 from smc.compiler.optimize import StageGraph
 from smc.compiler.pipeline import FLOAT32_STREAMS, PipelineTask, cuda_passes
 from smc.compiler.targets import TARGETS
@@ -115,8 +115,8 @@ def test_what_only_some_of_the_outputs_need(hybrid: PlanJob, shapes: tuple[tuple
     graph = fixed_graph(hybrid, "decoder", shapes, 1)
     feeds = {tensor.name: random_values(tensor, seed) for seed, tensor in enumerate(graph.inputs)}
     whole = lower(graph)
-    made = whole.only(MATCHED.values())
-    expected = {name: values for name, values in GraphRunner(graph).run(feeds).items() if name in MATCHED.values()}
+    made = whole.only(DESCRIPTORS)
+    expected = {name: values for name, values in GraphRunner(graph).run(feeds).items() if name in DESCRIPTORS}
     compare(made, feeds, expected, 1e-2)
     calls, all_calls = Counter(kinds(made.calls)), Counter(kinds(whole.calls))
     assert not calls.keys() & {"Conv", "PointHead", "Upsample"}
